@@ -1,0 +1,341 @@
+"""An algorithm is a row of settings: one typed union per axis, and validators across them.
+
+`rlhf.core.presets.ALGORITHMS` holds the named rows. `estimate` reads the advantage and in-reward KL axes,
+`Objective` the others, the learner `epochs` and `minibatches`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf.config import Config
+
+Standardize = Literal["none", "minibatch", "batch"]
+
+
+# --- advantages ---------------------------------------------------------------------------------------------------
+
+
+class Gae(Config):
+    """Generalized advantage estimation; needs a critic."""
+
+    type: Literal["gae"] = "gae"
+    discount: float = Field(0.99, ge=0, le=1)
+    """gamma, per action."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """lambda; 0 is the one-step TD error, 1 is discounted return minus value."""
+    standardize: Standardize = "none"
+    """Mean 0, std 1 over each minibatch, or over the whole rollout of all processes."""
+
+
+class RewardsToGo(Config):
+    """Discounted rewards to go (REINFORCE), optionally minus the critic's value as baseline."""
+
+    type: Literal["rewards_to_go"] = "rewards_to_go"
+    discount: float = Field(0.99, ge=0, le=1)
+    baseline: Literal["none", "value"] = "none"
+    standardize: Standardize = "none"
+
+
+class NStep(Config):
+    """n-step bootstrapped return minus value; needs a critic."""
+
+    type: Literal["n_step"] = "n_step"
+    n: int = Field(5, ge=1)
+    discount: float = Field(0.99, ge=0, le=1)
+    standardize: Standardize = "none"
+
+
+class GroupRelative(Config):
+    """Score minus its group's mean, divided by a standard deviation (GRPO)."""
+
+    type: Literal["group_relative"] = "group_relative"
+    scale: Literal["sample_std", "population_std", "batch_std", "none"] = "sample_std"
+    """What divides the centred score; batch_std is the standard deviation over all scores of the rollout."""
+    epsilon: float = Field(1e-4, ge=0)
+    """Added to the standard deviation."""
+
+
+class LeaveOneOut(Config):
+    """Score minus the mean of the other scores in its group (RLOO)."""
+
+    type: Literal["leave_one_out"] = "leave_one_out"
+
+
+Advantages = Annotated[Gae | RewardsToGo | NStep | GroupRelative | LeaveOneOut, Field(discriminator="type")]
+
+
+# --- surrogates ---------------------------------------------------------------------------------------------------
+
+
+class PolicyGradient(Config):
+    """log pi x A: the plain policy gradient; the ratio is not used."""
+
+    type: Literal["policy_gradient"] = "policy_gradient"
+
+
+class Unclipped(Config):
+    """ratio x A (conservative policy iteration; the PPO paper's row 'no clipping or penalty')."""
+
+    type: Literal["unclipped"] = "unclipped"
+
+
+class Clipped(Config):
+    """min(ratio x A, clip(ratio, 1 - clip_low, 1 + clip_high) x A)."""
+
+    type: Literal["clipped"] = "clipped"
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.2, ge=0)
+
+
+class DualClipped(Config):
+    """The clipped surrogate, bounded below by bound x A where A < 0."""
+
+    type: Literal["dual_clipped"] = "dual_clipped"
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.2, ge=0)
+    bound: float = Field(3.0, gt=1)
+
+
+class ClippedWeight(Config):
+    """stop_gradient(min(ratio, 1 + clip_high)) x A x log pi (CISPO); there is no lower bound."""
+
+    type: Literal["clipped_weight"] = "clipped_weight"
+    clip_high: float = Field(4.0, ge=0)
+    """The weight's cap is 1 + clip_high; 4 gives ScaleRL's cap of 5."""
+
+
+Surrogate = Annotated[
+    PolicyGradient | Unclipped | Clipped | DualClipped | ClippedWeight, Field(discriminator="type")
+]
+
+
+# --- KL -----------------------------------------------------------------------------------------------------------
+
+
+class FixedKl(Config):
+    """A constant coefficient."""
+
+    type: Literal["fixed"] = "fixed"
+    value: float = Field(0.05, ge=0)
+
+
+class AdaptiveKl(Config):
+    """Halved below target / 1.5, doubled above target x 1.5, once per policy update (PPO paper, section 4)."""
+
+    type: Literal["adaptive"] = "adaptive"
+    initial: float = Field(1.0, gt=0)
+    target: float = Field(0.01, gt=0)
+    unit: Literal["token", "sequence"] = "token"
+    """Whether target is nats per action or nats per row (summed over its actions)."""
+
+
+class ProportionalKl(Config):
+    """coef x (1 + clip(KL / target - 1, +-0.2) x episodes / horizon) (Ziegler et al. 2019)."""
+
+    type: Literal["proportional"] = "proportional"
+    initial: float = Field(0.15, gt=0)
+    target: float = Field(6.0, gt=0)
+    horizon: float = Field(10_000, gt=0)
+    """Episodes over which a persistent 10 % error changes the coefficient by 10 %."""
+    unit: Literal["token", "sequence"] = "sequence"
+
+
+class DualKl(Config):
+    """Lagrange multiplier: coef <- max(0, coef + learning_rate x (KL - target))."""
+
+    type: Literal["dual"] = "dual"
+    initial: float = Field(1.0, ge=0)
+    target: float = Field(0.01, gt=0)
+    learning_rate: float = Field(1.0, gt=0)
+    unit: Literal["token", "sequence"] = "token"
+
+
+KlCoefficientConfig = Annotated[FixedKl | AdaptiveKl | ProportionalKl | DualKl, Field(discriminator="type")]
+
+
+class NoKl(Config):
+    """No KL term; no reference policy is kept."""
+
+    type: Literal["none"] = "none"
+
+
+class KlInReward(Config):
+    """Each reward is lowered by coefficient x KL(policy || reference), estimated at collection."""
+
+    type: Literal["in_reward"] = "in_reward"
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    coefficient: KlCoefficientConfig = FixedKl(value=0.05)
+
+
+class KlInLoss(Config):
+    """coefficient x KL is added to the loss."""
+
+    type: Literal["in_loss"] = "in_loss"
+    estimator: Literal["k1", "k2", "k3", "k3_straight_through", "k3_weighted"] = "k3"
+    against: Literal["reference", "old_policy"] = "reference"
+    """reference: KL(policy || reference), as in GRPO. old_policy: KL(old || policy), as in the PPO paper."""
+    coefficient: KlCoefficientConfig = FixedKl(value=0.04)
+
+    @model_validator(mode="after")
+    def _refuse_estimators_without_meaning(self) -> Self:
+        if self.against == "reference" and self.estimator == "k1":
+            raise ValueError(
+                "k1 in the loss has an expected gradient of 0; use k2, k3_straight_through or k3_weighted, "
+                "or put k1 into the reward with type: in_reward"
+            )
+        if self.against == "old_policy" and self.estimator in ("k3_straight_through", "k3_weighted"):
+            raise ValueError(
+                f"{self.estimator} corrects KL(policy || reference); against the old policy, whose samples these "
+                "are, k1, k2 and k3 need no correction: use one of them"
+            )
+        return self
+
+
+Kl = Annotated[NoKl | KlInReward | KlInLoss, Field(discriminator="type")]
+
+
+# --- aggregation, value loss, rollout correction ----------------------------------------------------------------
+
+
+class TokenMean(Config):
+    """Every action counts the same."""
+
+    type: Literal["token_mean"] = "token_mean"
+
+
+class SequenceMean(Config):
+    """Mean over each row's actions, then mean over rows."""
+
+    type: Literal["sequence_mean"] = "sequence_mean"
+
+
+class SequenceSum(Config):
+    """Sum over each row's actions, then mean over rows."""
+
+    type: Literal["sequence_sum"] = "sequence_sum"
+
+
+class FixedLength(Config):
+    """Sum over all actions, divided by rows x length (Dr. GRPO): no length bias."""
+
+    type: Literal["fixed_length"] = "fixed_length"
+    length: int | None = Field(None, ge=1)
+    """The maximum completion length; recipes fill it in from their generation settings."""
+
+
+Aggregation = Annotated[TokenMean | SequenceMean | SequenceSum | FixedLength, Field(discriminator="type")]
+
+
+class SquaredValueLoss(Config):
+    """1/2 (V - return)^2."""
+
+    type: Literal["squared"] = "squared"
+    coefficient: float = Field(0.5, ge=0)
+
+
+class ClippedValueLoss(Config):
+    """1/2 max((V - return)^2, (V_old + clip(V - V_old, +-clip_range) - return)^2)."""
+
+    type: Literal["clipped"] = "clipped"
+    coefficient: float = Field(0.5, ge=0)
+    clip_range: float = Field(0.2, gt=0)
+
+
+ValueLoss = Annotated[SquaredValueLoss | ClippedValueLoss, Field(discriminator="type")]
+
+
+class TruncatedWeights(Config):
+    """Multiply each action's loss by min(pi_old / mu, cap), mu being the generation engine."""
+
+    type: Literal["truncated"] = "truncated"
+    cap: float = Field(2.0, gt=0)
+    level: Literal["token", "sequence"] = "token"
+
+
+class MaskedWeights(Config):
+    """Multiply by pi_old / mu where it lies in [low, high], by 0 elsewhere (IcePop; at sequence level, MIS)."""
+
+    type: Literal["masked"] = "masked"
+    low: float = Field(0.5, ge=0)
+    high: float = Field(5.0, gt=0)
+    level: Literal["token", "sequence", "sequence_geometric_mean"] = "token"
+
+
+RolloutCorrection = Annotated[TruncatedWeights | MaskedWeights, Field(discriminator="type")]
+
+
+# --- the row ------------------------------------------------------------------------------------------------------
+
+
+class AlgorithmConfig(Config):
+    """One policy-optimization algorithm, complete."""
+
+    advantages: Advantages
+    ratio: Literal["token", "sequence_geometric_mean", "sequence_product"] = "token"
+    """Importance ratio to the policy that collected: per action, or one per row."""
+    surrogate: Surrogate = Clipped()
+    kl: Kl = NoKl()
+    aggregation: Aggregation = TokenMean()
+    value_loss: ValueLoss | None = None
+    """None trains no critic."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Entropy bonus per action, aggregated as the surrogate is."""
+    rollout_correction: RolloutCorrection | None = None
+    """Importance weights against sampling_log_probs; None trusts the engine."""
+    epochs: int = Field(1, ge=1)
+    """Passes over one rollout."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps per pass."""
+
+    @model_validator(mode="after")
+    def _refuse_combinations_without_meaning(self) -> Self:
+        if self.wants_values and self.value_loss is None:
+            raise ValueError(
+                f"advantages {self.advantages.type!r} need a critic that nothing trains; set value_loss: "
+                "{type: squared}, or use rewards_to_go, group_relative or leave_one_out"
+            )
+        if self.value_loss is not None and not self.wants_values:
+            raise ValueError(
+                f"advantages {self.advantages.type!r} use no critic, so value_loss trains one for nothing; "
+                "remove value_loss, or use gae, n_step, or rewards_to_go with baseline: value"
+            )
+        if isinstance(self.surrogate, PolicyGradient) and self.epochs * self.minibatches > 1 and self.ratio != "token":
+            raise ValueError("policy_gradient ignores the ratio; remove `ratio`, or use a clipped surrogate")
+        if isinstance(self.kl, KlInReward) and isinstance(self.kl.coefficient, DualKl) and self.needs_groups:
+            raise ValueError("a dual KL coefficient inside group rewards has no fixed point; use fixed or proportional")
+        return self
+
+    @property
+    def wants_values(self) -> bool:
+        """Whether advantages are computed from a critic."""
+        match self.advantages:
+            case Gae() | NStep():
+                return True
+            case RewardsToGo(baseline=baseline):
+                return baseline == "value"
+            case _:
+                return False
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the policy must predict values."""
+        return self.value_loss is not None
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether rows must come in groups of at least two."""
+        return isinstance(self.advantages, GroupRelative | LeaveOneOut)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the rollout must carry ref_log_probs."""
+        return isinstance(self.kl, KlInReward) or (isinstance(self.kl, KlInLoss) and self.kl.against == "reference")
+
+    def with_length(self, length: int) -> Self:
+        """Fill in the length of a `fixed_length` aggregation that has none; otherwise unchanged."""
+        if isinstance(self.aggregation, FixedLength) and self.aggregation.length is None:
+            return self.model_copy(update={"aggregation": FixedLength(length=length)})
+        return self

@@ -1,0 +1,154 @@
+"""The named algorithms, as one table of data. Every row runs on CartPole and on a language model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from rlhf.core.algorithm import (
+    AdaptiveKl,
+    AlgorithmConfig,
+    Clipped,
+    ClippedValueLoss,
+    ClippedWeight,
+    FixedKl,
+    FixedLength,
+    Gae,
+    GroupRelative,
+    KlInLoss,
+    KlInReward,
+    LeaveOneOut,
+    PolicyGradient,
+    RewardsToGo,
+    SequenceMean,
+    SequenceSum,
+    SquaredValueLoss,
+    TokenMean,
+    Unclipped,
+)
+
+ALGORITHMS: dict[str, AlgorithmConfig] = {
+    # Williams 1992, with rewards to go.
+    "reinforce": AlgorithmConfig(
+        advantages=RewardsToGo(discount=0.99), surrogate=PolicyGradient(), aggregation=TokenMean()
+    ),
+    # Mnih et al. 2016, https://arxiv.org/abs/1602.01783, synchronous; lambda 1 as in Stable-Baselines3.
+    "a2c": AlgorithmConfig(
+        advantages=Gae(discount=0.99, gae_lambda=1.0), surrogate=PolicyGradient(), value_loss=SquaredValueLoss()
+    ),
+    # Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7.
+    "ppo": AlgorithmConfig(
+        advantages=Gae(discount=0.99, gae_lambda=0.95, standardize="minibatch"),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+        value_loss=ClippedValueLoss(coefficient=0.5, clip_range=0.2),
+        epochs=4,
+        minibatches=4,
+    ),
+    # The same paper, eq. 8 and section 4: a KL penalty against the old policy instead of clipping.
+    "ppo_kl": AlgorithmConfig(
+        advantages=Gae(discount=0.99, gae_lambda=0.95, standardize="minibatch"),
+        surrogate=Unclipped(),
+        kl=KlInLoss(estimator="k3", against="old_policy", coefficient=AdaptiveKl(initial=1.0, target=0.01)),
+        value_loss=SquaredValueLoss(),
+        epochs=4,
+        minibatches=4,
+    ),
+    # Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; Huang et al. 2024, https://arxiv.org/abs/2403.17031.
+    "ppo_rlhf": AlgorithmConfig(
+        advantages=Gae(discount=1.0, gae_lambda=0.95, standardize="batch"),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+        kl=KlInReward(estimator="k1", coefficient=FixedKl(value=0.05)),
+        value_loss=ClippedValueLoss(coefficient=0.1, clip_range=0.2),
+        epochs=4,
+    ),
+    # Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740.
+    "rloo": AlgorithmConfig(
+        advantages=LeaveOneOut(),
+        surrogate=PolicyGradient(),
+        kl=KlInReward(estimator="k1", coefficient=FixedKl(value=0.05)),
+        aggregation=SequenceSum(),
+    ),
+    # Hu 2025, https://arxiv.org/abs/2501.03262.
+    "reinforce++": AlgorithmConfig(
+        advantages=RewardsToGo(discount=1.0, standardize="batch"),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+        kl=KlInReward(estimator="k1", coefficient=FixedKl(value=0.01)),
+    ),
+    # Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4.
+    "grpo": AlgorithmConfig(
+        advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+        kl=KlInLoss(estimator="k3", against="reference", coefficient=FixedKl(value=0.04)),
+        aggregation=SequenceMean(),
+    ),
+    # Liu et al. 2025, https://arxiv.org/abs/2503.20783.
+    "dr_grpo": AlgorithmConfig(
+        advantages=GroupRelative(scale="none"),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+        aggregation=FixedLength(),
+    ),
+    # Yu et al. 2025, https://arxiv.org/abs/2503.14476; dynamic sampling is the prompt collector's.
+    "dapo": AlgorithmConfig(
+        advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.28),
+        minibatches=16,
+    ),
+    # Zheng et al. 2025, https://arxiv.org/abs/2507.18071.
+    "gspo": AlgorithmConfig(
+        advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
+        ratio="sequence_geometric_mean",
+        surrogate=Clipped(clip_low=3e-4, clip_high=4e-4),
+        aggregation=SequenceMean(),
+        minibatches=4,
+    ),
+    # MiniMax 2025, https://arxiv.org/abs/2506.13585; the cap of 5 is ScaleRL's, https://arxiv.org/abs/2510.13786.
+    "cispo": AlgorithmConfig(
+        advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
+        surrogate=ClippedWeight(clip_high=4.0),
+    ),
+}
+
+
+def resolve_algorithm(value: Any) -> Any:
+    """Turn a preset's name, or a mapping with `preset`, into the settings it stands for.
+
+    Args:
+        value: `"grpo"`; `{"preset": "grpo", "epochs": 2, "surrogate": {"clip_high": 0.28}}`, whose other keys
+            replace the preset's (nested keys one by one, unless `type` changes); or full settings.
+
+    Returns:
+        What `AlgorithmConfig` validates.
+
+    Raises:
+        ValueError: No preset has that name.
+    """
+    if isinstance(value, str):
+        return _preset(value)
+    if isinstance(value, Mapping) and "preset" in value:
+        changes = {key: change for key, change in value.items() if key != "preset"}
+        return _merge(_preset(str(value["preset"])).model_dump(), changes)
+    return value
+
+
+def _preset(name: str) -> AlgorithmConfig:
+    if name not in ALGORITHMS:
+        nearest = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"no algorithm named {name!r}; {hint}there are: {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, change in changes.items():
+        current = merged.get(key)
+        same_type = isinstance(change, Mapping) and change.get("type", None) in (None, (current or {}).get("type"))
+        merged[key] = _merge(current, change) if isinstance(current, Mapping) and same_type else change
+    return merged
+
+
+AlgorithmChoice = Annotated[AlgorithmConfig, BeforeValidator(resolve_algorithm)]
+"""Field type for configs: a preset's name, a preset with changes, or full settings."""
