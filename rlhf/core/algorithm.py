@@ -107,9 +107,7 @@ class ClippedWeight(Config):
     """The weight's cap is 1 + clip_high; 4 gives ScaleRL's cap of 5."""
 
 
-Surrogate = Annotated[
-    PolicyGradient | Unclipped | Clipped | DualClipped | ClippedWeight, Field(discriminator="type")
-]
+Surrogate = Annotated[PolicyGradient | Unclipped | Clipped | DualClipped | ClippedWeight, Field(discriminator="type")]
 
 
 # --- KL -----------------------------------------------------------------------------------------------------------

@@ -139,7 +139,9 @@ def _check_rows(batch: Rollout | Experience) -> None:
         if item.name == "group_ids":
             assert value.shape == (rows,), f"group_ids: shape {tuple(value.shape)}, expected ({rows},)"
         elif item.name == "actions":
-            assert value.shape[:2] == (rows, steps), f"actions: shape {tuple(value.shape)}, expected ({rows}, {steps}, ...)"
+            assert value.shape[:2] == (rows, steps), (
+                f"actions: shape {tuple(value.shape)}, expected ({rows}, {steps}, ...)"
+            )
         else:
             assert value.shape == (rows, steps), f"{item.name}: shape {tuple(value.shape)}, expected ({rows}, {steps})"
     for key, value in batch.inputs.items():

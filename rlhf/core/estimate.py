@@ -1,0 +1,144 @@
+"""From facts to credit: Rollout -> Experience."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from rlhf.core.advantages import carry_values, gae, group_relative, leave_one_out, n_step_returns, rewards_to_go
+from rlhf.core.algorithm import AlgorithmConfig, Gae, GroupRelative, KlInReward, LeaveOneOut, NStep, RewardsToGo
+from rlhf.core.corrections import correction_weights
+from rlhf.core.kl import kl_estimate
+from rlhf.core.masking import Reduce, identity, standardize
+from rlhf.core.types import Experience, Rollout
+from rlhf.errors import ConfigError
+
+
+@torch.no_grad()
+def estimate(
+    rollout: Rollout, algorithm: AlgorithmConfig, *, kl_coef: float = 0.0, reduce: Reduce = identity
+) -> Experience:
+    """Assign credit to every action of a rollout.
+
+    Folds an in-reward KL penalty into the rewards, computes advantages and returns, and standardizes advantages over
+    the whole rollout where the algorithm says so. Group and row statistics never cross processes except through `reduce`.
+
+    Args:
+        rollout: What a collector saw.
+        algorithm: The row of settings.
+        kl_coef: Current coefficient of an in-reward KL penalty.
+        reduce: Sums a tensor over all processes.
+
+    Returns:
+        Experience with advantages [B, T], and returns [B, T] where there is a critic.
+
+    Raises:
+        ConfigError: The rollout lacks what the algorithm needs (values, reference, groups, sampling log-probs).
+    """
+    _require(rollout, algorithm)
+    rewards = torch.where(rollout.action_mask, rollout.rewards, 0.0)
+    if isinstance(algorithm.kl, KlInReward):
+        penalty = kl_estimate(rollout.old_log_probs, rollout.ref_log_probs, estimator=algorithm.kl.estimator)
+        rewards = torch.where(rollout.action_mask, rewards - kl_coef * penalty, 0.0)
+    advantages, returns = _advantages(rollout, rewards, algorithm, reduce)
+    experience = Experience(
+        inputs=rollout.inputs,
+        actions=rollout.actions,
+        action_mask=rollout.action_mask,
+        old_log_probs=rollout.old_log_probs,
+        advantages=advantages,
+        returns=returns if algorithm.needs_critic else None,
+        old_values=rollout.values if algorithm.needs_critic else None,
+        ref_log_probs=rollout.ref_log_probs,
+        weights=_weights(rollout, algorithm),
+    )
+    if getattr(algorithm.advantages, "standardize", "none") == "batch":
+        return standardize_advantages(experience, reduce=reduce)
+    return experience
+
+
+def standardize_advantages(experience: Experience, *, reduce: Reduce = identity) -> Experience:
+    """Return the experience with advantages of mean 0 and standard deviation 1 over its unmasked actions.
+
+    Args:
+        experience: A whole minibatch or rollout, before it is cut into microbatches.
+        reduce: Sums a tensor over all processes.
+    """
+    return replace(experience, advantages=standardize(experience.advantages, experience.action_mask, reduce=reduce))
+
+
+def _advantages(
+    rollout: Rollout, rewards: Tensor, algorithm: AlgorithmConfig, reduce: Reduce
+) -> tuple[Tensor, Tensor | None]:
+    """Advantages and, where a critic is trained, returns."""
+    mask, ends = rollout.action_mask, rollout.episode_ends
+    match algorithm.advantages:
+        case Gae(discount=discount, gae_lambda=gae_lambda):
+            return gae(
+                rewards,
+                rollout.values,
+                next_values=_next_values(rollout),
+                episode_ends=ends,
+                mask=mask,
+                discount=discount,
+                gae_lambda=gae_lambda,
+            )
+        case NStep(n=n, discount=discount):
+            returns = n_step_returns(
+                rewards, next_values=_next_values(rollout), episode_ends=ends, mask=mask, discount=discount, n=n
+            )
+            return torch.where(mask, returns - rollout.values, 0.0), returns
+        case RewardsToGo(discount=discount, baseline=baseline):
+            tail = _next_values(rollout) if baseline == "value" else None
+            returns = rewards_to_go(rewards, episode_ends=ends, mask=mask, discount=discount, next_values=tail)
+            return (torch.where(mask, returns - rollout.values, 0.0) if baseline == "value" else returns), returns
+        case GroupRelative(scale=scale, epsilon=epsilon):
+            by_row = group_relative(rewards.sum(1), rollout.group_ids, scale=scale, epsilon=epsilon, reduce=reduce)
+        case LeaveOneOut():
+            by_row = leave_one_out(rewards.sum(1), rollout.group_ids)
+        case _:
+            assert_never(algorithm.advantages)
+    return torch.where(mask, by_row.unsqueeze(1), 0.0), None
+
+
+def _next_values(rollout: Rollout) -> Tensor:
+    if rollout.next_values is not None:
+        return rollout.next_values
+    return carry_values(rollout.values, rollout.action_mask, episode_ends=rollout.episode_ends)
+
+
+def _weights(rollout: Rollout, algorithm: AlgorithmConfig) -> Tensor | None:
+    if algorithm.rollout_correction is None:
+        return None
+    return correction_weights(
+        rollout.old_log_probs,
+        rollout.sampling_log_probs,
+        rollout.action_mask,
+        correction=algorithm.rollout_correction,
+    )
+
+
+def _require(rollout: Rollout, algorithm: AlgorithmConfig) -> None:
+    """Refuse a rollout that lacks what the algorithm reads."""
+    needs = [
+        (algorithm.wants_values, rollout.values, "values", "Give the policy a critic, or use group advantages."),
+        (
+            algorithm.needs_reference,
+            rollout.ref_log_probs,
+            "ref_log_probs",
+            "Give the collector a reference policy, or set kl to {type: none}.",
+        ),
+        (algorithm.needs_groups, rollout.group_ids, "group_ids", "Collect several rows per prompt or start state."),
+        (
+            algorithm.rollout_correction is not None,
+            rollout.sampling_log_probs,
+            "sampling_log_probs",
+            "Use a generator that reports them, or set rollout_correction to null.",
+        ),
+    ]
+    for needed, value, name, remedy in needs:
+        if needed and value is None:
+            raise ConfigError(f"the algorithm needs {name}, which the rollout lacks", where="estimate", remedy=remedy)

@@ -1,0 +1,92 @@
+"""Sums, means and standardization over the actions that count.
+
+Masked positions may hold anything, NaN included: they are replaced, never multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes and returns the result to each of them."""
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """The reduction of a single process."""
+    return tensor
+
+
+def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, dim: int | None = None) -> Tensor:
+    """Sum of `x` where `mask` is True.
+
+    Args:
+        x: Any shape.
+        mask: Same shape; True where the entry counts.
+        dim: Dimension to sum over; None sums everything.
+
+    Returns:
+        A scalar, or `x` without `dim`.
+
+    >>> masked_sum(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([True, True, False]))
+    tensor(3.)
+    """
+    kept = torch.where(mask, x, 0.0)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, dim: int | None = None) -> Tensor:
+    """Mean of `x` where `mask` is True; 0 where nothing counts.
+
+    >>> masked_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
+    tensor(1.5000)
+    """
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return masked_sum(x, mask, dim=dim) / count.clamp(min=1)
+
+
+def masked_var(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Biased (population) variance of `x` where `mask` is True.
+
+    >>> masked_var(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
+    tensor(1.)
+    """
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def standardize(
+    x: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"],
+    *,
+    reduce: Reduce = identity,
+    keep_mean: bool = False,
+    epsilon: float = 1e-8,
+) -> Float[Tensor, "*shape"]:
+    """Shift to mean 0 and scale to standard deviation 1 over the unmasked entries of all processes.
+
+    `(x - mean) / sqrt(var + epsilon)` with the biased variance, in two passes so that large means lose no precision.
+    Source: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (whitening).
+
+    Args:
+        x: Any shape.
+        mask: Same shape.
+        reduce: Sums a tensor over processes; called twice.
+        keep_mean: True where only the scale changes. Whitened rewards must keep their mean: shifting a reward
+            per token makes long and short completions differ in sign.
+        epsilon: Added to the variance.
+
+    Returns:
+        Same shape; 0 where masked.
+
+    >>> standardize(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([True, True, False]))
+    tensor([-1.,  1.,  0.])
+    """
+    total, count = reduce(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
+    mean = total / count.clamp(min=1)
+    centred = torch.where(mask, x - mean, 0.0)
+    variance = reduce((centred**2).sum()) / count.clamp(min=1)
+    scaled = centred * torch.rsqrt(variance + epsilon)
+    return torch.where(mask, scaled + mean, 0.0) if keep_mean else scaled

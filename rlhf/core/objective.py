@@ -1,0 +1,205 @@
+"""The loss of every algorithm, as sums with separate denominators: PolicyOutput x Experience -> LossSums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, assert_never
+
+import torch
+from torch import Tensor
+
+from rlhf.core import surrogates
+from rlhf.core.aggregation import aggregate, denominator
+from rlhf.core.algorithm import (
+    AlgorithmConfig,
+    Clipped,
+    ClippedValueLoss,
+    ClippedWeight,
+    DualClipped,
+    KlInLoss,
+    PolicyGradient,
+    SquaredValueLoss,
+    Unclipped,
+)
+from rlhf.core.kl import kl_estimate
+from rlhf.core.masking import masked_sum
+from rlhf.core.ratios import importance_ratio
+from rlhf.core.types import Experience, PolicyOutput
+from rlhf.core.values import clipped_value_loss, squared_value_loss
+from rlhf.errors import ConfigError
+
+SurrogateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(ratio, log_probs, advantages), each [B, T] -> gain [B, T]; a researcher's own surrogate."""
+
+
+class LossSums(NamedTuple):
+    """What some rows contribute; sums of several microbatches add up."""
+
+    policy: Tensor
+    """Scalar numerator of the policy part: surrogate, KL in the loss, entropy bonus."""
+    value: Tensor
+    """Scalar numerator of the value part, coefficient included; 0 without a critic."""
+    metrics: Tensor
+    """[M] sums over actions, in the order of `Objective.metric_names`; detached."""
+
+
+class Objective:
+    """The loss of one algorithm.
+
+    `loss = policy / denominators[0] + value / denominators[1]`, where the sums run over all microbatches and processes
+    of one optimizer step and the denominators are those of the whole step. Dividing by a microbatch's own counts, or
+    by the number of accumulation steps, would weigh tokens by how the batch happened to be split.
+
+    Args:
+        algorithm: The row of settings.
+        surrogate: A callable that replaces the algorithm's surrogate.
+    """
+
+    def __init__(self, algorithm: AlgorithmConfig, *, surrogate: SurrogateFunction | None = None) -> None:
+        """Check what can be checked before any data is seen."""
+        denominator(torch.ones(1, 1, dtype=torch.bool), algorithm.aggregation)
+        self.algorithm = algorithm
+        self._custom_surrogate = surrogate
+        names = ["policy_loss", "entropy", "ratio", "approx_kl", "kl_to_old", "clip_fraction"]
+        if algorithm.needs_reference:
+            names.append("kl_to_ref")
+        if algorithm.needs_critic:
+            names.append("value_loss")
+        self.metric_names: tuple[str, ...] = tuple(names)
+
+    def denominators(self, action_mask: Tensor) -> Tensor:
+        """[2]: what the policy part and the value part (and the metrics) of these rows are divided by.
+
+        Args:
+            action_mask: [B, T] of all rows of an optimizer step on this process; reduce the result over processes.
+        """
+        return torch.stack([denominator(action_mask, self.algorithm.aggregation), action_mask.sum().float()])
+
+    def loss(self, sums: LossSums, denominators: Tensor) -> Tensor:
+        """The scalar to differentiate, given the step's reduced denominators [2]."""
+        # A step whose rows are all masked has nothing to learn from; 0 / 1 keeps it finite.
+        policy, value = denominators.clamp(min=1).unbind()
+        return sums.policy / policy + sums.value / value
+
+    def __call__(
+        self, output: PolicyOutput, experience: Experience, *, kl_coef: float = 0.0, clip_scale: float = 1.0
+    ) -> LossSums:
+        """Sums of the losses and metrics of these rows.
+
+        Args:
+            output: The policy's word on `experience.actions`.
+            experience: Rows [B, T].
+            kl_coef: Current coefficient of a KL term in the loss.
+            clip_scale: Multiplies the clip ranges; schedules anneal it from 1 to 0.
+
+        Returns:
+            Sums; only `policy` and `value` carry gradients.
+        """
+        mask, old_log_probs = experience.action_mask, experience.old_log_probs
+        ratio = importance_ratio(output.log_probs, old_log_probs, mask, level=self.algorithm.ratio)
+        gain = self._gain(ratio, output.log_probs, experience.advantages, clip_scale)
+        if experience.weights is not None:
+            gain = gain * experience.weights
+        losses = -gain
+        if isinstance(self.algorithm.kl, KlInLoss) and kl_coef != 0.0:
+            losses = losses + kl_coef * self._kl(output.log_probs, experience)
+        if self.algorithm.entropy_coef != 0.0:
+            losses = losses - self.algorithm.entropy_coef * output.entropy
+        value_losses = self._value_losses(output, experience, clip_scale)
+        return LossSums(
+            policy=aggregate(losses, mask, self.algorithm.aggregation),
+            value=losses.new_zeros(())
+            if value_losses is None
+            else self.algorithm.value_loss.coefficient * masked_sum(value_losses, mask),
+            metrics=self._metrics(output, experience, ratio, losses, value_losses, clip_scale),
+        )
+
+    def _gain(self, ratio: Tensor, log_probs: Tensor, advantages: Tensor, clip_scale: float) -> Tensor:
+        if self._custom_surrogate is not None:
+            return self._custom_surrogate(ratio, log_probs, advantages)
+        match self.algorithm.surrogate:
+            case PolicyGradient():
+                return surrogates.policy_gradient(log_probs, advantages)
+            case Unclipped():
+                return surrogates.unclipped(ratio, advantages)
+            case Clipped(clip_low=low, clip_high=high):
+                return surrogates.clipped(ratio, advantages, clip_low=low * clip_scale, clip_high=high * clip_scale)
+            case DualClipped(clip_low=low, clip_high=high, bound=bound):
+                return surrogates.dual_clipped(
+                    ratio, advantages, clip_low=low * clip_scale, clip_high=high * clip_scale, bound=bound
+                )
+            case ClippedWeight(clip_high=high):
+                return surrogates.clipped_weight(ratio, log_probs, advantages, clip_high=high * clip_scale)
+            case _:
+                assert_never(self.algorithm.surrogate)
+
+    def _kl(self, log_probs: Tensor, experience: Experience) -> Tensor:
+        """[B, T] of the in-loss term: KL(policy || reference), or KL(old || policy)."""
+        kl = self.algorithm.kl
+        assert isinstance(kl, KlInLoss)
+        if kl.against == "old_policy":
+            # The actions were drawn from the old policy, so it takes the place of pi in the estimator.
+            return kl_estimate(experience.old_log_probs, log_probs, estimator=kl.estimator)
+        return kl_estimate(
+            log_probs, experience.ref_log_probs, estimator=kl.estimator, old_log_probs=experience.old_log_probs
+        )
+
+    def _value_losses(self, output: PolicyOutput, experience: Experience, clip_scale: float) -> Tensor | None:
+        if self.algorithm.value_loss is None:
+            return None
+        if output.values is None:
+            raise ConfigError(
+                "the algorithm trains a critic, but the policy predicts no values",
+                where="algorithm.value_loss",
+                remedy="Build the policy with a critic, or set value_loss to null.",
+            )
+        match self.algorithm.value_loss:
+            case SquaredValueLoss():
+                return squared_value_loss(output.values, experience.returns)
+            case ClippedValueLoss(clip_range=clip_range):
+                return clipped_value_loss(
+                    output.values,
+                    experience.returns,
+                    old_values=experience.old_values,
+                    clip_range=clip_range * clip_scale,
+                )
+            case _:
+                assert_never(self.algorithm.value_loss)
+
+    @torch.no_grad()
+    def _metrics(
+        self,
+        output: PolicyOutput,
+        experience: Experience,
+        ratio: Tensor,
+        losses: Tensor,
+        value_losses: Tensor | None,
+        clip_scale: float,
+    ) -> Tensor:
+        """[M] sums over unmasked actions, in the order of `metric_names`."""
+        log_ratio = output.log_probs - experience.old_log_probs
+        columns = [
+            losses,
+            output.entropy,
+            ratio,
+            torch.expm1(log_ratio) - log_ratio,  # k3 of KL(old || policy)
+            -log_ratio,  # k1 of the same
+            self._is_clipped(ratio, experience.advantages, clip_scale),
+        ]
+        if self.algorithm.needs_reference:
+            columns.append(output.log_probs - experience.ref_log_probs)
+        if value_losses is not None:
+            columns.append(value_losses)
+        return torch.where(experience.action_mask, torch.stack(columns), 0.0).sum(dim=(1, 2))
+
+    def _is_clipped(self, ratio: Tensor, advantages: Tensor, clip_scale: float) -> Tensor:
+        """1 where clipping takes the gradient away (or, for CISPO, caps the weight), else 0."""
+        match self.algorithm.surrogate:
+            case Clipped(clip_low=low, clip_high=high) | DualClipped(clip_low=low, clip_high=high):
+                too_high = (ratio > 1 + high * clip_scale) & (advantages > 0)
+                too_low = (ratio < 1 - low * clip_scale) & (advantages < 0)
+                return (too_high | too_low).to(ratio.dtype)
+            case ClippedWeight(clip_high=high):
+                return (ratio > 1 + high * clip_scale).to(ratio.dtype)
+            case _:
+                return torch.zeros_like(ratio)
