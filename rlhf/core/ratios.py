@@ -23,7 +23,7 @@ def importance_ratio(
     *,
     level: RatioLevel = "token",
 ) -> Float[Tensor, "B T"]:
-    """pi / pi_old, per action or one per row.
+    """Importance ratio pi / pi_old, per action or one per row.
 
     token: `rho_t = pi(a_t) / pi_old(a_t)`. sequence_geometric_mean: `exp(mean_t log rho_t)` (GSPO).
     sequence_product: `prod_t rho_t`, the exact importance weight of the whole row. Row ratios are repeated along T,

@@ -27,7 +27,8 @@ def clipped_value_loss(
 
     Source: Engstrom et al. 2020, https://arxiv.org/abs/2005.12729, appendix A.
 
-    >>> clipped_value_loss(torch.tensor([[1.0]]), torch.tensor([[1.0]]), old_values=torch.tensor([[0.0]]), clip_range=0.5)
+    >>> one = torch.tensor([[1.0]])
+    >>> clipped_value_loss(one, one, old_values=torch.tensor([[0.0]]), clip_range=0.5)
     tensor([[0.1250]])
     """
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
