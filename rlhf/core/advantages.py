@@ -95,7 +95,7 @@ def carry_values(
     mask: Bool[Tensor, "B T"],
     *,
     episode_ends: Bool[Tensor, "B T"],
-    bootstrap: Float[Tensor, "B"] | None = None,
+    bootstrap: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """V(s_{t+1}) read off a row's own values: the value at the next unmasked step.
 
@@ -213,13 +213,13 @@ def _group_statistics(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor
 
 
 def group_relative(
-    scores: Float[Tensor, "B"],
-    group_ids: Int[Tensor, "B"],
+    scores: Float[Tensor, " B"],
+    group_ids: Int[Tensor, " B"],
     *,
     scale: str = "sample_std",
     epsilon: float = 1e-4,
     reduce: Reduce = identity,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """Score minus its group's mean, divided by a standard deviation.
 
     `A_i = (r_i - mean(r)) / (std(r) + epsilon)`; a group of equal scores gives exactly 0.
@@ -256,7 +256,7 @@ def group_relative(
     return deviations / ((squares / divisor).sqrt() + epsilon).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def leave_one_out(scores: Float[Tensor, "B"], group_ids: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Score minus the mean of the other scores of its group.
 
     `A_i = r_i - mean_{j != i} r_j = n / (n - 1) * (r_i - mean(r))`.

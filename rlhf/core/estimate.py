@@ -24,7 +24,7 @@ def estimate(
     """Assign credit to every action of a rollout.
 
     Folds an in-reward KL penalty into the rewards, computes advantages and returns, and standardizes advantages over
-    the whole rollout where the algorithm says so. Group and row statistics never cross processes except through `reduce`.
+    the whole rollout where the algorithm says so. Nothing crosses processes except through `reduce`.
 
     Args:
         rollout: What a collector saw.
