@@ -1,9 +1,150 @@
-"""The command line: `rlhf ls`, `rlhf cp`, `rlhf run`, `rlhf table`."""
+"""The command line: `rlhf ls`, `rlhf cp`, `rlhf run`, `rlhf table`, `rlhf version`.
+
+Torch and transformers are imported inside the commands that need them, so that `rlhf --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import print_exc
+from typing import Annotated
+
+import typer
+
+from rlhf.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune language models with reinforcement learning, and try the same objectives on CartPole.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line with the arguments of this process."""
+    app(prog_name="rlhf")
 
 
 def launch(file: str) -> None:
-    """Run the recipe in `file` with the arguments of this process."""
+    """Run the recipe in `file` with the arguments of this process.
+
+    Recipes end with `if __name__ == "__main__": launch(__file__)`, so that `python recipes/grpo.py --config X a.b=c`
+    and `accelerate launch recipes/grpo.py --config X` mean the same as `rlhf run grpo`.
+    """
+    app(["run", str(Path(file).resolve()), *sys.argv[1:]], prog_name=Path(file).name)
+
+
+@app.command("ls")
+def list_command() -> None:
+    """List the recipes and their configs."""
+    from rlhf.commands.recipes import config_summary, list_recipes
+
+    with user_errors():
+        for recipe in list_recipes():
+            typer.echo(f"{recipe.name}: {recipe.summary}")
+            width = max((len(name) for name in recipe.configs), default=0)
+            for name, file in recipe.configs.items():
+                typer.echo(f"  {name:<{width}}  {config_summary(file)}".rstrip())
+
+
+@app.command("cp")
+def copy_command(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name.")],
+    folder: Annotated[Path, typer.Argument(help="Where to put NAME.py and configs/NAME/*.yaml.")],
+) -> None:
+    """Copy a recipe and its configs, to edit them."""
+    from rlhf.commands.recipes import copy_recipe, find_recipe
+
+    with user_errors():
+        files = copy_recipe(find_recipe(recipe), folder)
+        typer.echo("\n".join(str(file) for file in files))
+        typer.echo(f"Run it with: rlhf run {files[0]}")
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .py file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, such as update.learning_rate=1e-3.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="A config's name, or the path of a YAML file.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes on this machine.")] = 1,
+    seeds: Annotated[str | None, typer.Option(help="Run once per seed, such as 0,1,2, and print a table.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many seeds run at the same time.")] = 1,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of user errors, too.")] = False,
+) -> None:
+    """Run a recipe."""
+    from rlhf.commands import running
+
+    with user_errors(traceback=traceback):
+        request = running.Request.make(recipe, config=config, overrides=overrides or [])
+        if seeds is not None:
+            code = running.run_seeds(request, running.read_seeds(seeds), jobs=jobs, processes=processes)
+        elif processes > 1:
+            code = running.run_processes(request, processes, traceback=traceback)
+        else:
+            code = running.run_here(request)
+    raise typer.Exit(code)
+
+
+@app.command("table")
+def table_command(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs, searched to any depth.")
+    ],
+    metric: Annotated[
+        list[str] | None, typer.Option(help="A metric to show; may be repeated. Without it, every evaluation metric.")
+    ] = None,
+) -> None:
+    """Print a table of finished runs in markdown: mean and standard deviation over the seeds of each config."""
+    from rlhf.commands.tables import make_table
+
+    with user_errors():
+        typer.echo(make_table(folders, metrics=metric))
+
+
+@app.command("version")
+def version_command() -> None:
+    """Print the version."""
+    from rlhf import __version__
+
+    typer.echo(f"rlhf-toolkit {__version__}")
+
+
+@contextmanager
+def user_errors(*, traceback: bool = False) -> Iterator[None]:
+    """End the process with one sentence where the user can mend something: exit code 2, or 130 when interrupted.
+
+    Args:
+        traceback: Print the traceback of user errors, too.
+    """
+    try:
+        yield
+    except UserError as error:
+        if traceback:
+            print_exc()
+        typer.echo(f"{_process_name()}error: {error}", err=True)
+        raise typer.Exit(EXIT_USER_ERROR) from error
+    except KeyboardInterrupt as error:
+        typer.echo(f"{_process_name()}interrupted; the checkpoints written so far are kept.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _process_name() -> str:
+    """Say which of several training processes speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f"[process {os.environ.get('RANK', '?')}] "
+
+
+if __name__ == "__main__":
+    main()
