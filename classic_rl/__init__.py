@@ -1,5 +1,3 @@
-"""Classic control: gymnasium environments and small networks, driven by the same core and loop as language models."""
+"""Reinforcement learning on gymnasium environments, driven by the same core that trains language models."""
 
-from rlhf import __version__
-
-__all__ = ["__version__"]
+__version__ = "0.1.0"

@@ -1,0 +1,159 @@
+"""Whole episodes: playing them, and collecting them in groups that start from one state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from pydantic import Field
+
+from classic_rl.collector import CollectSteps, GymCollector, StepCollector, Steps
+from classic_rl.environments import EnvironmentConfig, episode_limit, reset_with_seeds
+from classic_rl.policy import ActorCritic
+from classic_rl.spaces import flatten_observations
+from rlhf.config import Config
+from rlhf.core.algorithm import AlgorithmConfig
+from rlhf.core.types import Rollout
+from rlhf.errors import ConfigError
+
+_NOISE_CHUNK = 128
+"""Steps whose action noise is drawn at once."""
+
+
+class CollectEpisodes(Config):
+    """One whole episode of every environment; groups of episodes start from the same state."""
+
+    type: Literal["episodes"] = "episodes"
+    group_size: int = Field(1, ge=1)
+    """Episodes per initial state; num_envs / group_size initial states are drawn per rollout."""
+    max_steps: int | None = Field(None, ge=1)
+    """Longer episodes are cut and count as truncated; None leaves it to the environment's own limit."""
+
+
+def play_episodes(
+    environments: VectorEnv,
+    observations: np.ndarray,
+    act: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]],
+    *,
+    max_steps: int,
+) -> Steps:
+    """Play one episode in every environment.
+
+    Environments that end early are stepped on until the last one ends; those steps are masked out.
+
+    Args:
+        environments: Freshly reset.
+        observations: [N, D] raw flattened first observations.
+        act: From raw observations and the step's number to (what the policy saw, actions, actions for the environment).
+        max_steps: Where an episode is cut.
+
+    Returns:
+        Rows of the longest episode's length.
+    """
+    alive = np.ones(environments.num_envs, dtype=bool)
+    space, raw = environments.single_observation_space, observations
+    record: list[tuple[np.ndarray, ...]] = []
+    while alive.any():
+        seen, actions, accepted = act(raw, len(record))
+        new, rewards, terminated, truncated, _ = environments.step(accepted)
+        if len(record) + 1 == max_steps:
+            truncated = truncated | ~terminated
+        record.append((seen, raw, actions, rewards.astype(np.float32), terminated & alive, truncated & alive, alive))
+        raw = flatten_observations(space, new)
+        alive = alive & ~(terminated | truncated)
+    last = act(raw, len(record))[0]
+    seen, raws, actions, rewards, terminated, truncated, mask = (
+        np.stack(column, axis=1) for column in zip(*record, strict=True)
+    )
+    return Steps(
+        observations=np.concatenate([seen, last[:, None]], axis=1),
+        raw_observations=np.concatenate([raws, raw[:, None]], axis=1),
+        actions=actions,
+        rewards=np.where(mask, rewards, 0.0).astype(np.float32),
+        terminated=terminated,
+        truncated=truncated,
+        mask=mask,
+    )
+
+
+class EpisodeCollector(GymCollector):
+    """Plays one whole episode per environment and rollout; B = environments, T = the longest episode.
+
+    Group g of a rollout starts from one reset seed in all its environments, so a group's scores differ only
+    through the policy's own draws (and, in environments with random dynamics, share those).
+
+    Args:
+        collect: Group size and limit.
+        policy, environment, algorithm, seed, processes: See `GymCollector`.
+
+    Raises:
+        ConfigError: The algorithm needs groups of at least two, groups cannot be divided, or episodes may never end.
+    """
+
+    def __init__(
+        self,
+        collect: CollectEpisodes,
+        policy: ActorCritic,
+        environment: EnvironmentConfig,
+        algorithm: AlgorithmConfig,
+        **shared: Any,
+    ) -> None:
+        if algorithm.needs_groups and collect.group_size < 2:
+            raise ConfigError(
+                f"advantages {algorithm.advantages.type!r} compare the episodes of a group",
+                where="collect.group_size",
+                got=collect.group_size,
+                expected="at least 2",
+            )
+        super().__init__(policy, environment, algorithm, **shared)
+        if self.num_envs % collect.group_size:
+            raise ConfigError(
+                "environments cannot be divided into groups",
+                where="environment.num_envs",
+                got=self.num_envs,
+                expected=f"a multiple of collect.group_size = {collect.group_size} on every process",
+            )
+        limit = episode_limit(self.environments)
+        if limit is None and collect.max_steps is None:
+            raise ConfigError(
+                "the environment has no limit of steps, so an episode may never end",
+                where="collect.max_steps",
+                remedy="Set collect.max_steps.",
+            )
+        self.max_steps = min(value for value in (limit, collect.max_steps) if value is not None)
+        self.group_size = collect.group_size
+
+    def collect(self) -> Rollout:
+        """Play and measure."""
+        self.mirror.refresh()
+        groups = self.total_envs // self.group_size
+        seeds = np.random.SeedSequence((self.seed, self.collected)).generate_state(groups)
+        first = reset_with_seeds(self.environments, np.repeat(seeds, self.group_size)[self.share].tolist())
+        steps = play_episodes(self.environments, first, self._act, max_steps=self.max_steps)
+        returns, lengths = steps.rewards.sum(axis=1).tolist(), steps.mask.sum(axis=1).tolist()
+        group_ids = torch.arange(self.total_envs)[self.share] // self.group_size
+        rollout = self.rollout(steps, metrics=self.episode_metrics(returns, lengths, steps), group_ids=group_ids)
+        self.collected += 1
+        return rollout
+
+    def _act(self, raw: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if step % _NOISE_CHUNK == 0:
+            self._noise = self.noise(_NOISE_CHUNK, chunk=step // _NOISE_CHUNK)
+        observations = self.normalized(raw)
+        actions = self.policy.distribution.sample(self.mirror(observations), self._noise[step % _NOISE_CHUNK])
+        return observations, actions, self.policy.distribution.to_environment(actions)
+
+
+def make_collector(
+    collect: CollectSteps | CollectEpisodes,
+    policy: ActorCritic,
+    environment: EnvironmentConfig,
+    algorithm: AlgorithmConfig,
+    **shared: Any,
+) -> StepCollector | EpisodeCollector:
+    """Make the collector that `collect` describes; see the classes for the rest."""
+    maker = StepCollector if isinstance(collect, CollectSteps) else EpisodeCollector
+    return maker(collect, policy, environment, algorithm, **shared)

@@ -1,0 +1,88 @@
+"""Evaluation: whole episodes in environments of their own, with frozen normalization."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import Field
+
+from classic_rl.environments import EnvironmentConfig, episode_limit, make_environments, reset_with_seeds
+from classic_rl.episodes import play_episodes
+from classic_rl.networks import NumpyMirror
+from classic_rl.normalization import ObservationNormalizer
+from classic_rl.policy import ActorCritic
+from rlhf.config import Config
+from rlhf.errors import ConfigError
+
+
+class EvaluationConfig(Config):
+    """How a policy is judged."""
+
+    episodes: int = Field(20, ge=1)
+    """Episodes per evaluation; each has a seed of its own, the same ones in every evaluation."""
+    deterministic: bool = True
+    """True plays the most probable action (the mean of a Gaussian), False samples."""
+    seed: int = 1_000_000
+    """First reset seed; far from the training seeds."""
+    max_steps: int | None = Field(None, ge=1)
+    """Cuts longer episodes; None leaves it to the environment's own limit."""
+
+
+def evaluate(
+    policy: ActorCritic,
+    environment: EnvironmentConfig,
+    config: EvaluationConfig | None = None,
+    *,
+    normalizer: ObservationNormalizer | None = None,
+) -> dict[str, float]:
+    """Play `episodes` episodes with raw rewards.
+
+    Args:
+        policy: What is judged; its parameters are only read.
+        environment: The training environment's config; reward normalization does not apply.
+        config: How.
+        normalizer: The training run's, which is read and not updated.
+
+    Returns:
+        return_mean, return_std (population), return_min, return_max, length_mean.
+
+    Raises:
+        ConfigError: Episodes may never end.
+    """
+    config = config or EvaluationConfig()
+    environments = make_environments(environment, num_envs=config.episodes)
+    try:
+        limits = [value for value in (episode_limit(environments), config.max_steps) if value is not None]
+        if not limits:
+            raise ConfigError(
+                "the environment has no limit of steps, so an episode may never end",
+                where="evaluation.max_steps",
+                remedy="Set evaluation.max_steps.",
+            )
+        first = reset_with_seeds(environments, range(config.seed, config.seed + config.episodes))
+        actor = _Actor(policy, normalizer, config)
+        steps = play_episodes(environments, first, actor, max_steps=min(limits))
+    finally:
+        environments.close()
+    returns = steps.rewards.sum(axis=1, dtype=np.float64)
+    return {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "return_min": float(returns.min()),
+        "return_max": float(returns.max()),
+        "length_mean": float(steps.mask.sum(axis=1).mean()),
+    }
+
+
+class _Actor:
+    def __init__(self, policy: ActorCritic, normalizer: ObservationNormalizer | None, config: EvaluationConfig) -> None:
+        self.mirror, self.distribution, self.normalizer = NumpyMirror(policy.actor), policy.distribution, normalizer
+        self.generator = None if config.deterministic else np.random.default_rng(config.seed)
+
+    def __call__(self, raw: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        observations = raw if self.normalizer is None else self.normalizer(raw)
+        parameters = self.mirror(observations)
+        if self.generator is None:
+            actions = self.distribution.greedy(parameters)
+        else:
+            actions = self.distribution.sample(parameters, self.distribution.noise(self.generator, (len(raw),)))
+        return observations, actions, self.distribution.to_environment(actions)

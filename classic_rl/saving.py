@@ -1,0 +1,102 @@
+"""A trained policy as a folder: `policy.safetensors` with the weights, `policy.json` with everything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from classic_rl.networks import NetworkConfig, NumpyMirror
+from classic_rl.normalization import ObservationNormalizer
+from classic_rl.policy import ActorCritic
+from classic_rl.spaces import flatten_observations, space_from_json, space_to_json
+from rlhf.errors import ModelError
+
+_FORMAT = 1
+
+
+def save(folder: str | Path, policy: ActorCritic, *, normalizer: ObservationNormalizer | None = None) -> None:
+    """Write what acting needs; `load` reads it without the environment."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in policy.state_dict().items()}
+    description: dict[str, Any] = {
+        "format": _FORMAT,
+        "observation_space": space_to_json(policy.observation_space),
+        "action_space": space_to_json(policy.action_space),
+        "network": policy.network_config.model_dump(mode="json"),
+        "critic": policy.critic is not None,
+        "observation_clip": None,
+    }
+    if normalizer is not None:
+        description["observation_clip"] = normalizer.clip
+        description["observation_count"] = normalizer.count
+        tensors["normalizer.mean"] = torch.from_numpy(normalizer.mean.copy())
+        tensors["normalizer.variance"] = torch.from_numpy(normalizer.variance.copy())
+    save_file(tensors, folder / "policy.safetensors")
+    (folder / "policy.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path) -> TrainedPolicy:
+    """Read a folder that `save` wrote.
+
+    Raises:
+        ModelError: The folder lacks a file, or a file is not what `save` writes.
+    """
+    folder = Path(folder)
+    for name in ("policy.json", "policy.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"no {name} in this folder", where=str(folder), remedy="Give a folder that a run saved.")
+    try:
+        description = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "policy.safetensors")
+        policy = ActorCritic(
+            space_from_json(description["observation_space"]),
+            space_from_json(description["action_space"]),
+            network=NetworkConfig(**description["network"]),
+            critic=description["critic"],
+        )
+        normalizer = None
+        if description["observation_clip"] is not None:
+            mean, variance = tensors.pop("normalizer.mean"), tensors.pop("normalizer.variance")
+            normalizer = ObservationNormalizer(len(mean), clip=description["observation_clip"])
+            normalizer.load_state_dict({"mean": mean, "variance": variance, "count": description["observation_count"]})
+        policy.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"not a saved policy: {error}", where=str(folder)) from error
+    return TrainedPolicy(policy, normalizer)
+
+
+class TrainedPolicy:
+    """A policy that acts on raw observations of one environment."""
+
+    def __init__(self, policy: ActorCritic, normalizer: ObservationNormalizer | None) -> None:
+        self.policy, self.normalizer = policy, normalizer
+        self._mirror = NumpyMirror(policy.actor)
+        self._generator = np.random.default_rng()
+
+    def predict(self, observation: Any, *, deterministic: bool = True) -> Any:
+        """Return the action for one observation, in the form `environment.step` accepts.
+
+        Args:
+            observation: As the environment returns it.
+            deterministic: True takes the most probable action, False samples.
+        """
+        space = self.policy.observation_space
+        batch = gymnasium.vector.utils.concatenate(
+            space, [observation], gymnasium.vector.utils.create_empty_array(space, n=1)
+        )
+        flat = flatten_observations(space, batch)
+        parameters = self._mirror(flat if self.normalizer is None else self.normalizer(flat))
+        distribution = self.policy.distribution
+        if deterministic:
+            actions = distribution.greedy(parameters)
+        else:
+            actions = distribution.sample(parameters, distribution.noise(self._generator, (1,)))
+        return distribution.to_environment(actions)[0]
