@@ -1,0 +1,208 @@
+"""The decode loop: one token for every unfinished row per step, until all rows are finished."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from rlhf.errors import ModelError
+from rlhf.lm.backbone import CausalParts
+from rlhf.lm.cache import InPlaceCache
+from rlhf.lm.sampling import SamplingConfig, choose_tokens
+
+MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "dummy"}
+"""Layers whose only state is keys and values, and whose mask comes from outside the layer."""
+UNIFORM_STEPS = 64
+"""Steps whose random numbers are drawn (and sent to the device) at once."""
+DEVICE_CHECK_STEPS = 8
+"""On a GPU, asking which rows finished waits for it: ask every so many steps. Rows finished since run along."""
+
+
+@dataclass(frozen=True)
+class DecodingPlan:
+    """What the loop needs to know of a model, found out once."""
+
+    parts: CausalParts
+    num_layers: int
+    sliding_window: int | None
+    """The shortest attention window of any layer."""
+    takes_positions: bool
+    builds_own_mask: bool
+    """The attention implementation wants a 2D mask (flash, flex, ALiBi) instead of a ready 4D one."""
+
+
+def plan_decoding(parts: CausalParts) -> DecodingPlan:
+    """Look at a model's layers.
+
+    Raises:
+        ModelError: A layer keeps a state other than keys and values of all tokens, such as Mamba or chunked layers.
+    """
+    layer_types, layer_settings = get_layer_types_and_kwargs(parts.config)
+    unknown = sorted(set(layer_types) - MASKED_LAYER_TYPES)
+    if unknown:
+        raise ModelError(
+            "the in-place generator only knows layers that attend to stored keys and values",
+            got=", ".join(unknown),
+            expected=", ".join(sorted(MASKED_LAYER_TYPES)),
+            remedy="Set the generator's backend to `generate` (slower: transformers' own loop).",
+        )
+    windows = [settings["sliding_window"] for settings in layer_settings if settings.get("sliding_window")]
+    takes_positions = "position_ids" in inspect.signature(type(parts.body).forward).parameters
+    return DecodingPlan(
+        parts=parts,
+        num_layers=len(layer_types),
+        sliding_window=min(windows) if windows else None,
+        takes_positions=takes_positions,
+        builds_own_mask=not takes_positions or parts.config._attn_implementation not in ("sdpa", "eager"),
+    )
+
+
+class Decoder:
+    """One batch of completions being written.
+
+    Active rows are the first `len(self.row_ids)` rows of the cache and of every tensor here; when rows finish, the
+    last active rows move into their places, so that a step costs what the unfinished rows cost.
+
+    Args:
+        plan: The model.
+        prompt_ids: [N, P] left-padded.
+        prompt_mask: [N, P] bool.
+        group_size: G samples per prompt.
+        sampling: How to choose tokens.
+        generator: Source of randomness.
+        end_token_ids: Tokens that finish a row.
+        drop_finished: False keeps finished rows in the batch (for tests and measurements).
+    """
+
+    def __init__(
+        self,
+        plan: DecodingPlan,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        *,
+        group_size: int,
+        sampling: SamplingConfig,
+        generator: torch.Generator | None,
+        end_token_ids: Sequence[int],
+        drop_finished: bool = True,
+    ) -> None:
+        self.plan, self.sampling, self.generator = plan, sampling, generator
+        self.end_token_ids, self.drop_finished = end_token_ids, drop_finished
+        self.device = prompt_ids.device
+        self.prompt_length = prompt_ids.shape[1]
+        rows, steps = len(prompt_ids) * group_size, sampling.max_completion_length
+        self.token_ids = torch.zeros(steps, rows, dtype=torch.int64, device=self.device)
+        self.log_probs = torch.zeros(steps, rows, dtype=torch.float32, device=self.device)
+        self.row_ids = torch.arange(rows, device=self.device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        self.cache = InPlaceCache(plan.num_layers, capacity=self.prompt_length + steps)
+        self.padded = not bool(prompt_mask.all())
+        self.logits = self._prefill(prompt_ids, prompt_mask).repeat_interleave(group_size, dim=0)
+        self.cache.repeat(group_size)
+        self.positions = prompt_mask.sum(dim=1).repeat_interleave(group_size)[:, None]  # [n, 1] of the next token
+        self.mask = self._make_mask(prompt_mask.repeat_interleave(group_size, dim=0))
+
+    def run(self) -> int:
+        """Write tokens until every row is finished or the limit is reached; return the number of steps."""
+        limit = self.sampling.max_completion_length
+        check_steps = 1 if self.device.type == "cpu" else DEVICE_CHECK_STEPS
+        for step in range(limit):
+            tokens = self._choose(step)
+            if step + 1 == limit:
+                break
+            if (step + 1) % check_steps == 0:
+                tokens = self._drop_finished(tokens)
+                if len(tokens) == 0:
+                    break
+            self._advance(tokens)
+        return step + 1
+
+    def _prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Read the prompts; return the logits [N, V] of the first completion token."""
+        arguments = {}
+        if self.plan.takes_positions:
+            arguments["position_ids"] = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
+        hidden = self.plan.parts.body(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask if self.padded else None,
+            past_key_values=self.cache,
+            use_cache=True,
+            **arguments,
+        )[0]
+        return self.plan.parts.head(hidden[:, -1])
+
+    def _make_mask(self, prompt_mask: Tensor) -> Tensor | None:
+        """The mask of all steps at once; a step takes its first columns. None where every row sees everything."""
+        capacity = self.prompt_length + self.sampling.max_completion_length
+        window = self.plan.sliding_window
+        own_mask = self.plan.builds_own_mask or (window is not None and window < capacity)
+        if not self.padded:
+            return None
+        columns = self.sampling.max_completion_length
+        visible = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_mask), columns)], dim=1)
+        if own_mask:
+            return visible  # transformers combines it with its sliding window or kernel
+        dtype = self.cache.layers[0].keys.dtype
+        hidden_value = torch.finfo(dtype).min
+        return torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, hidden_value)[
+            :, None, None
+        ]
+
+    def _choose(self, step: int) -> Tensor:
+        """Choose and record the tokens [n] of this step."""
+        uniforms = None if self.sampling.greedy else self._uniforms(step)
+        tokens, log_probs = choose_tokens(self.logits, self.sampling, uniforms=uniforms)
+        self.token_ids[step].index_copy_(0, self.row_ids, tokens)
+        self.log_probs[step].index_copy_(0, self.row_ids, log_probs)
+        for end_token_id in self.end_token_ids:
+            self.finished |= tokens == end_token_id
+        return tokens
+
+    def _uniforms(self, step: int) -> Tensor:
+        """[n] uniform numbers; each row's depend on seed and row alone, not on which rows are still active."""
+        if step % UNIFORM_STEPS == 0:
+            steps = min(UNIFORM_STEPS, self.sampling.max_completion_length - step)
+            source = self.generator.device if self.generator is not None else torch.device("cpu")
+            shape = (steps, self.token_ids.shape[1])
+            self._block = torch.rand(shape, generator=self.generator, device=source).to(self.device)
+        return self._block[step % UNIFORM_STEPS].index_select(0, self.row_ids)
+
+    def _drop_finished(self, tokens: Tensor) -> Tensor:
+        """Take finished rows out of the batch; return the tokens of the others."""
+        finished = self.finished.tolist()
+        count = len(finished)
+        remaining = count - sum(finished)
+        if remaining == 0:
+            return tokens[:0]
+        if remaining == count or not self.drop_finished:
+            return tokens
+        holes = [row for row in range(remaining) if finished[row]]
+        movers = [row for row in range(remaining, count) if not finished[row]]
+        keep = list(range(remaining))
+        for hole, mover in zip(holes, movers, strict=True):
+            keep[hole] = mover
+        kept, sources, destinations = (
+            torch.tensor(rows, dtype=torch.int64, device=self.device) for rows in (keep, movers, holes)
+        )
+        self.cache.move_rows(sources, destinations, remaining)
+        self.row_ids, self.positions, self.finished = self.row_ids[kept], self.positions[kept], self.finished[kept]
+        if self.mask is not None:
+            self.mask = self.mask[kept]
+        return tokens[kept]
+
+    def _advance(self, tokens: Tensor) -> None:
+        """Feed the chosen tokens [n] and compute the logits of the next ones."""
+        mask = self.mask
+        if mask is not None:
+            mask = mask[..., : self.cache.get_seq_length() + 1]
+        arguments = {"position_ids": self.positions} if self.plan.takes_positions else {}
+        hidden = self.plan.parts.body(
+            input_ids=tokens[:, None], attention_mask=mask, past_key_values=self.cache, use_cache=True, **arguments
+        )[0]
+        self.positions = self.positions + 1
+        self.logits = self.plan.parts.head(hidden[:, -1])
