@@ -1,0 +1,193 @@
+"""Making reward models: a causal language model's body with a new head, or a reward model's folder again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from reward_models.model import RewardModel, score_head
+from rlhf.errors import ModelError
+from rlhf.lm.loading import DTYPES, LoraSettings, ModelConfig, load_causal_lm
+
+logger = logging.getLogger(__name__)
+
+PAD_TOKEN = "<|pad|>"
+
+
+def make_reward_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> RewardModel:
+    """Make a reward model from a causal language model (or a fresh small config), or reopen a reward model.
+
+    On a causal model's body sits a new head, N(0, 1/sqrt(h + 1)) without bias (Stiennon et al. 2020,
+    arXiv 2009.01325). A reward model's folder keeps its own head. Dropout is off: a score must not be random.
+
+    Args:
+        model: A folder, a hub id or a fresh config, as for a causal language model; with `lora`, adapters and the
+            head are trained and everything else is frozen.
+        tokenizer: From `prepare_tokenizer`; its pad id goes into the config, and the embedding grows if it must.
+        seed: Of the new head, and of all weights of a fresh model.
+
+    Raises:
+        ModelError: There is no such model, or it has no sequence-classification form with a linear `score` head.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # a fresh body and fresh adapters; the head has its own generator
+        if model.path is not None and _is_sequence_classifier(model.path):
+            classifier = open_classifier(model.path, dtype=DTYPES[model.dtype], attention=model.attention)
+        else:
+            classifier = _put_head_on_body(model, tokenizer, seed=seed)
+        _configure(classifier, tokenizer)
+        trained = _add_lora(classifier, model.lora) if model.lora is not None else classifier
+    if model.gradient_checkpointing:
+        classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if model.lora is not None:
+            classifier.enable_input_require_grads()  # frozen embeddings would cut the graph at the first checkpoint
+    return RewardModel(trained)
+
+
+def open_classifier(path: str | Path, *, dtype: Any = torch.float32, attention: str | None = None) -> PreTrainedModel:
+    """Open a sequence-classification folder or hub id, refusing one whose weights are incomplete."""
+    if not Path(path).is_dir() and str(path).startswith((".", "/", "~")):
+        raise ModelError("no such model folder", where=str(path), expected="a folder saved by save_pretrained")
+    arguments = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **arguments
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"not loadable as a reward model: {str(error).splitlines()[0]}", where=str(path)) from error
+    if loading["missing_keys"]:
+        raise ModelError(
+            "this is no trained reward model: weights are missing",
+            where=str(path),
+            got=", ".join(sorted(loading["missing_keys"])),
+            remedy="Train one with the reward_model recipe, or give the folder that it saved.",
+        )
+    return model
+
+
+def _is_sequence_classifier(path: str) -> bool:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return False  # an adapter folder, or nothing at all: load_causal_lm opens the one and refuses the other
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _put_head_on_body(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """Load a causal language model and move its body under a new one-label classifier, without a second copy."""
+    plain = model.model_copy(update={"lora": None, "gradient_checkpointing": False})
+    causal = load_causal_lm(plain, tokenizer if model.config is not None else None)
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise ModelError(
+            "this architecture has no sequence-classification form", where=str(model.path), got=config.model_type
+        ) from error
+    prefix = classifier.base_model_prefix
+    body = getattr(causal, causal.base_model_prefix)
+    if type(getattr(classifier, prefix)) is not type(body):
+        raise ModelError(
+            "the classifier's body is not the language model's",
+            where=str(model.path),
+            got=type(body).__name__,
+            expected=type(getattr(classifier, prefix)).__name__,
+        )
+    setattr(classifier, prefix, body)
+    body.config = classifier.config
+    score_head(classifier)  # refuses heads of another shape before they are replaced
+    classifier.score = new_head(config.get_text_config().hidden_size, seed=seed).to(causal.device, causal.dtype)
+    return classifier
+
+
+def new_head(width: int, *, seed: int) -> nn.Linear:
+    """Return a head with weight [1, width] from N(0, 1/sqrt(width + 1)) and no bias.
+
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback" (arXiv 2009.01325).
+    """
+    head = nn.Linear(width, 1, bias=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
+    return head
+
+
+def _configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Switch dropout off, fit the embedding to the tokenizer, and write what transformers must know."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)  # attention keeps its rate as a plain number
+    for name, value in model.config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(model.config, name, 0.0)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.problem_type = "regression"  # pipeline then shows the score itself, not its sigmoid
+
+
+def _add_lora(model: PreTrainedModel, lora: LoraSettings) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        task_type="SEQ_CLS",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides it by the rank as a float
+        lora_dropout=0.0,
+        target_modules=lora.target_modules,
+        # The head is new: left out here, it would stay at its random start and not be saved.
+        modules_to_save=[*lora.modules_to_save, "score"],
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ModelError(f"LoRA does not fit this model: {str(error).splitlines()[0]}", where="model.lora") from error
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Give a reward model's own tokenizer, in place, what a reward model needs, and return it.
+
+    A pad token that differs from the end token: transformers' own head, which `pipeline` uses, takes the last token
+    that is not the pad token, so with pad == end it would read the token before the end. The unknown token serves if
+    there is one (texts end in the end token, so it is never the last); otherwise `<|pad|>` is added.
+
+    Args:
+        tokenizer: Changed in place; a reward model's tokenizer is its own, the policy's is not touched.
+        chat_template: Jinja template to use instead of the tokenizer's own, if any; it is saved with the tokenizer.
+
+    Raises:
+        ModelError: The tokenizer has no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end token, which every scored text ends in",
+            remedy="Set tokenizer.eos_token and save the tokenizer into the model's folder.",
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        unknown = tokenizer.unk_token
+        reusable = unknown is not None and tokenizer.unk_token_id not in (
+            tokenizer.eos_token_id,
+            tokenizer.bos_token_id,
+        )
+        former = tokenizer.pad_token
+        tokenizer.add_special_tokens({"pad_token": unknown if reusable else PAD_TOKEN})
+        logger.info("reward model's tokenizer: pad token %r -> %r", former, tokenizer.pad_token)
+    tokenizer.padding_side = "right"
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

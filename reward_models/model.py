@@ -1,0 +1,132 @@
+"""A reward model: the body of a causal language model and one linear head, read at the last attended token.
+
+The folder it is saved to is an ordinary `AutoModelForSequenceClassification` (num_labels=1) with its tokenizer, so
+`from_pretrained` and `pipeline("text-classification", function_to_apply="none")` open it. Two things differ from
+transformers' own forward, which finds the last token by comparing ids with the pad token: here the position comes
+from the attention mask, so a pad token that equals the end token, padding on the left, or a pad token inside the text
+change nothing; and the head is computed in float32 whatever the body's precision.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import ModelError
+
+
+class RewardModel(nn.Module):
+    """Scores token sequences.
+
+    Args:
+        model: A sequence-classification model with one label, or a peft model around one.
+        chunk_tokens: Tokens, padding included, that go through the body at a time. Rows are sorted by length into
+            such chunks, so little is spent on padding; no score and no gradient depends on it.
+    """
+
+    def __init__(self, model: nn.Module, *, chunk_tokens: int = 8192) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+        score_head(self.classifier)  # refuses now what could not be scored later
+
+    @property
+    def classifier(self) -> PreTrainedModel:
+        """The sequence-classification model, with peft's wrapper taken off."""
+        base = getattr(self.model, "get_base_model", None)
+        return base() if base is not None else self.model  # type: ignore[return-value]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The transformers config."""
+        return self.classifier.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.model.parameters()).device
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return one score per row.
+
+        Args:
+            input_ids: [N, L] token ids.
+            attention_mask: [N, L] bool or 0/1, True where a token belongs to the text; padding may be anywhere.
+
+        Returns:
+            [N] float32 scores, read at the last attended token of each row.
+        """
+        mask = attention_mask.bool()
+        # All padding to the right, whatever side it came from: positions and scores then cannot depend on it.
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
+        lengths = mask.sum(dim=1).tolist()
+        if min(lengths) == 0:
+            raise ModelError("a row has no attended token, so there is nothing to score", got=lengths.index(0))
+        scores: list[Tensor] = []
+        rows: list[int] = []
+        for chunk in length_sorted_chunks(lengths, self.chunk_tokens):
+            longest = max(lengths[row] for row in chunk)
+            scores.append(self._score_chunk(input_ids[chunk, :longest], mask[chunk, :longest]))
+            rows += chunk
+        return torch.cat(scores)[torch.tensor(rows, device=input_ids.device).argsort()]
+
+    def _score_chunk(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Score right-padded rows [n, l] -> [n]."""
+        body = getattr(self.classifier, self.classifier.base_model_prefix)
+        hidden = body(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state  # [n, l, h]
+        last = hidden[torch.arange(len(mask), device=mask.device), mask.sum(dim=1) - 1]  # [n, h]
+        with torch.autocast(last.device.type, enabled=False):
+            return F.linear(last.float(), score_head(self.classifier).weight.float()).squeeze(1)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in the backward pass; `transformers.Trainer` calls it by this name."""
+        self.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write an ordinary sequence-classification folder: weights, config, tokenizer. Adapters are merged in."""
+        model = self.model
+        if hasattr(model, "merge_and_unload"):
+            model = _merged_copy(model)
+        model.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer.save_pretrained(folder)
+
+
+def length_sorted_chunks(lengths: Sequence[int], chunk_tokens: int) -> Iterator[list[int]]:
+    """Yield row indices in chunks of similar length, each of at most `chunk_tokens` padded tokens (or one row)."""
+    chunk: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # Longest first, so the first row of a chunk sets its width.
+        if chunk and lengths[chunk[0]] * (len(chunk) + 1) > chunk_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(row)
+    if chunk:
+        yield chunk
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    """Return the linear head of a one-label classifier; `ModelError` if it has none."""
+    head = getattr(model, "score", None)
+    wrapped = getattr(head, "modules_to_save", None)  # peft's copy that is trained and saved
+    if wrapped is not None:
+        head = wrapped[head.active_adapters[0]]  # type: ignore[union-attr]
+    if not isinstance(head, nn.Linear) or head.weight.shape[0] != 1 or head.bias is not None:
+        raise ModelError(
+            "not a reward model: it needs a linear head named `score` with one output and no bias",
+            got=f"{type(model).__name__} with head {head}",
+            remedy="Decoder-only models (Llama, Qwen, Mistral, Gemma, GPT-2 ...) have one; encoders do not.",
+        )
+    return head
+
+
+def _merged_copy(model: Any) -> PreTrainedModel:
+    """Return a merged copy of a peft model; the original goes on training."""
+    return copy.deepcopy(model).merge_and_unload()
