@@ -91,7 +91,7 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
         case spaces.MultiDiscrete():
             return {"type": "multi_discrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
         case spaces.MultiBinary():
-            return {"type": "multi_binary", "shape": list(space.shape)}
+            return {"type": "multi_binary", "n": np.asarray(space.n).tolist()}
         case spaces.Dict():
             return {"type": "dict", "spaces": {key: space_to_json(part) for key, part in space.spaces.items()}}
         case spaces.Tuple():
@@ -111,7 +111,7 @@ def space_from_json(description: dict[str, Any]) -> spaces.Space:
         case "multi_discrete":
             return spaces.MultiDiscrete(np.asarray(description["nvec"]), start=np.asarray(description["start"]))
         case "multi_binary":
-            return spaces.MultiBinary(description["shape"])
+            return spaces.MultiBinary(description["n"])
         case "dict":
             return spaces.Dict({key: space_from_json(part) for key, part in description["spaces"].items()})
         case "tuple":
