@@ -6,6 +6,11 @@ it without a traceback and exits with code 2. Our own invariants use `assert` in
 
 from __future__ import annotations
 
+LONGEST_VALUE = 200
+"""Characters of a found value that a message shows."""
+
+_ABSENT = object()
+
 
 class UserError(ValueError):
     """A mistake in the input, told in one sentence with its remedy.
@@ -13,7 +18,7 @@ class UserError(ValueError):
     Args:
         what: What is wrong, as a sentence without its full stop.
         where: File and line, config path, or step of the run.
-        got: The value that was found.
+        got: The value that was found; long ones are cut in the message.
         expected: What would have been accepted.
         remedy: What the user can do about it.
     """
@@ -23,18 +28,23 @@ class UserError(ValueError):
         what: str,
         *,
         where: str | None = None,
-        got: object = None,
+        got: object = _ABSENT,
         expected: str | None = None,
         remedy: str | None = None,
     ) -> None:
-        self.what, self.where, self.got, self.expected, self.remedy = what, where, got, expected, remedy
+        self.what, self.where, self.expected, self.remedy = what, where, expected, remedy
         parts = [f"{where}: {what}" if where else what]
-        if got is not None:
-            parts.append(f"got {got!r}" if not isinstance(got, str) else f"got {got[:200]!r}")
+        if got is not _ABSENT:
+            parts.append(f"got {_shorten(got)}")
         if expected is not None:
             parts.append(f"expected {expected}")
         message = "; ".join(parts)
         super().__init__(f"{message}. {remedy}" if remedy else message)
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 class ConfigError(UserError):

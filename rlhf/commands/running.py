@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -130,9 +130,10 @@ def run_seeds(request: Request, seeds: Sequence[int], *, jobs: int = 1, processe
         0 when every seed succeeded, else 1, or 2 when the failures are all user errors.
     """
     _, config = request.load()
-    if not hasattr(config, "run"):
+    run: Any = getattr(config, "run", None)
+    if run is None:
         raise UserError("the recipe's config has no `run`, hence no seed", where=str(request.recipe.file))
-    base = Path(config.run.directory or Path("runs") / request.recipe.name / request.config_name)
+    base = Path(run.directory or Path("runs") / request.recipe.name / request.config_name)
     base.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {CONFIG_NAME_VARIABLE: request.config_name}
     environment.setdefault("OMP_NUM_THREADS", str(threads_each(min(jobs, len(seeds)) * processes)))
