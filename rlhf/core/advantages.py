@@ -6,12 +6,16 @@ All functions take and return [B, T], except the group functions, which take one
 
 from __future__ import annotations
 
+from typing import Literal, assert_never
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.core.masking import Reduce, identity
 from rlhf.errors import ConfigError
+
+GroupScale = Literal["sample_std", "population_std", "batch_std", "none"]
 
 
 def discounted_scan(x: Float[Tensor, "B T"], decay: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -186,7 +190,7 @@ def n_step_returns(
     following = following.clamp(max=mask.shape[1] - 1)
     one_step = rewards + discount * next_values
     returns = one_step
-    for _ in range(n - 1):
+    for _ in range(min(n, mask.shape[1]) - 1):
         returns = torch.where(stops, one_step, rewards + discount * returns.gather(1, following))
     return torch.where(mask, returns, 0.0)
 
@@ -216,7 +220,7 @@ def group_relative(
     scores: Float[Tensor, " B"],
     group_ids: Int[Tensor, " B"],
     *,
-    scale: str = "sample_std",
+    scale: GroupScale = "sample_std",
     epsilon: float = 1e-4,
     reduce: Reduce = identity,
 ) -> Float[Tensor, " B"]:
@@ -245,15 +249,21 @@ def group_relative(
     tensor([ 1., -1., -1.,  1.])
     """
     sizes, _, deviations, index = _group_statistics(scores, group_ids)
-    if scale == "none":
-        return deviations
-    if scale == "batch_std":
-        total, count = reduce(torch.stack([scores.sum(), scores.new_tensor(float(len(scores)))]))
-        squares = reduce(((scores - total / count) ** 2).sum())
-        return deviations / ((squares / (count - 1)).sqrt() + epsilon)
-    squares = torch.zeros_like(scores).index_add_(0, index, deviations**2)[index]
-    divisor = sizes - 1 if scale == "sample_std" else sizes
-    return deviations / ((squares / divisor).sqrt() + epsilon).clamp(min=torch.finfo(scores.dtype).tiny)
+    group_squares = torch.zeros_like(scores).index_add_(0, index, deviations**2)[index]
+    match scale:
+        case "none":
+            return deviations
+        case "sample_std":
+            variance = group_squares / (sizes - 1)
+        case "population_std":
+            variance = group_squares / sizes
+        case "batch_std":
+            total, count = reduce(torch.stack([scores.sum(), scores.new_tensor(float(len(scores)))]))
+            variance = reduce(((scores - total / count) ** 2).sum()) / (count - 1)
+        case _:
+            assert_never(scale)
+    # Where epsilon is 0 and all scores are equal, 0 / tiny is the 0 that 0 / 0 should be.
+    return deviations / (variance.sqrt() + epsilon).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

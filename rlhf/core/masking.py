@@ -54,7 +54,9 @@ def masked_var(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Floa
     >>> masked_var(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
     tensor(1.)
     """
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    # Masked entries are replaced before the square: a NaN squared would leak into the gradient through 0 * NaN.
+    centred = torch.where(mask, x - masked_mean(x, mask), 0.0)
+    return masked_mean(centred**2, mask)
 
 
 def standardize(
@@ -67,7 +69,8 @@ def standardize(
 ) -> Float[Tensor, "*shape"]:
     """Shift to mean 0 and scale to standard deviation 1 over the unmasked entries of all processes.
 
-    `(x - mean) / sqrt(var + epsilon)` with the biased variance, in two passes so that large means lose no precision.
+    `(x - mean) / sqrt(var + epsilon)` with the biased variance, in two passes so that large means lose no precision;
+    the second pass also takes out the first mean's rounding error, which equal entries would otherwise be scaled by.
     Source: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (whitening).
 
     Args:
@@ -87,6 +90,7 @@ def standardize(
     total, count = reduce(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
     mean = total / count.clamp(min=1)
     centred = torch.where(mask, x - mean, 0.0)
-    variance = reduce((centred**2).sum()) / count.clamp(min=1)
-    scaled = centred * torch.rsqrt(variance + epsilon)
+    error, square = reduce(torch.stack([centred.sum(), (centred**2).sum()])) / count.clamp(min=1)
+    variance = (square - error**2).clamp(min=0)
+    scaled = torch.where(mask, centred - error, 0.0) * torch.rsqrt(variance + epsilon)
     return torch.where(mask, scaled + mean, 0.0) if keep_mean else scaled
