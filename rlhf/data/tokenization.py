@@ -1,0 +1,362 @@
+"""Texts to token ids and back, such that training sees what generation saw.
+
+Prompt and completion are tokenized apart and concatenated, never jointly: in RL the model continues *the prompt's
+tokens* with tokens of its own, and a joint tokenization may merge the last letters of the prompt with the first of the
+completion into a token that generation can never produce at that place. Chat templates separate the two by special
+tokens and newlines, and there both ways agree; `encode_completion` then returns exactly what follows the prompt in the
+tokenization of the whole conversation.
+
+A completion ends with the token that ends the assistant's turn. What a template prints after it (ChatML's newline)
+belongs to the next turn: a policy stops before it and is never trained on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from rlhf.data.records import Message, Prompt, Text, is_chat
+from rlhf.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_PROBLEMS = 5
+_ANCHORS = ("\n", "a", ".", "0", ">")
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, *, max_length: int | None = None, where: str | None = None
+) -> list[int]:
+    """Tokenize a prompt so that the model's next token is the completion's first.
+
+    Chat messages go through the chat template, with the header of the assistant's turn at the end; a last message of
+    the assistant's is left open and continued. A string gets the tokenizer's beginning-of-text token, once even if
+    the string already begins with it, and no end token.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        prompt: A string or chat messages.
+        max_length: Most tokens allowed; None allows any number.
+        where: File and line of the prompt, for the error.
+
+    Returns:
+        The token ids.
+
+    Raises:
+        DataError: The prompt has more than `max_length` tokens or none, or the template refuses the conversation.
+        ModelError: Chat messages, but the tokenizer has no chat template.
+    """
+    ids = _encode_chat_prompt(tokenizer, prompt, where) if is_chat(prompt) else _encode_string_prompt(tokenizer, prompt)
+    if max_length is not None and len(ids) > max_length:
+        raise DataError(
+            f"the prompt {_preview(prompt)} is too long",
+            where=where,
+            got=f"{len(ids)} tokens",
+            expected=f"at most {max_length}",
+            remedy="Raise the prompt length, or take such prompts out of the data; nothing is cut silently.",
+        )
+    return ids
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_length: int | None = None
+) -> list[list[int]]:
+    """Tokenize many prompts; those that cannot be are listed in one error.
+
+    Raises:
+        DataError: Some prompts are too long or refused by the template: source and reason of the first few.
+        ModelError: See `encode_prompt`.
+    """
+    encoded: list[list[int]] = []
+    problems: list[DataError] = []
+    for index, prompt in enumerate(prompts):
+        try:
+            where = prompt.source or f"prompt {index}"
+            encoded.append(encode_prompt(tokenizer, prompt.prompt, max_length=max_length, where=where))
+        except DataError as problem:
+            problems.append(problem)
+    if not problems:
+        return encoded
+    if len(problems) == 1:
+        raise problems[0]
+    shown = "\n  ".join(str(problem) for problem in problems[:SHOWN_PROBLEMS])
+    more = f"\n  ... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    raise DataError(f"{len(problems)} of {len(prompts)} prompts cannot be used:\n  {shown}{more}")
+
+
+def _encode_string_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is not None and ids[:2] == [begin, begin]:
+        ids = ids[1:]
+    if end is not None and ids[-1:] == [end] and _plain_ids(tokenizer, text)[-1:] != [end] and ids != [begin]:
+        # Some tokenizers close every text with the end token; a prompt that is closed cannot be continued.
+        ids = ids[:-1]
+    return ids
+
+
+def _encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None) -> list[int]:
+    return _plain_ids(tokenizer, _render_prompt(tokenizer, messages, where))
+
+
+def _render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None = None) -> str:
+    if messages[-1]["role"] == "assistant":
+        return _render(tokenizer, messages, where, continue_final_message=True)
+    return _render(tokenizer, messages, where, add_generation_prompt=True)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None, **settings: bool) -> str:
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the data holds chat messages, but the tokenizer has no chat template",
+            where=tokenizer.name_or_path or None,
+            remedy="Use the model's chat version, give the tokenizer a template, or turn the messages into strings.",
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise DataError(
+            f"the chat template refuses this conversation: {error}", where=where, got=f"roles {roles}"
+        ) from error
+
+
+# --- completions --------------------------------------------------------------------------------------------------
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completion: Text,
+    *,
+    add_end: bool = True,
+    where: str | None = None,
+) -> list[int]:
+    """Tokenize a completion so that `encode_prompt(prompt)` followed by it is what the model should have written.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        prompt: A string or chat messages.
+        completion: A string; or, after a chat prompt, the messages that follow it (a string stands for one message
+            of the assistant's).
+        add_end: Close the completion with the end token, exactly once even if a string already ends with it. False
+            leaves it open.
+        where: File and line of the record, for the errors.
+
+    Returns:
+        The token ids, without the prompt's.
+
+    Raises:
+        DataError: The completion holds the end token in its midst: generation would have stopped there.
+        ModelError: No end token, no chat template for chat messages, or a template that prints the prompt
+            differently once an answer follows it.
+    """
+    if is_chat(prompt):
+        return _encode_chat_completion(tokenizer, prompt, completion, add_end, where)
+    if is_chat(completion):
+        raise DataError("a string prompt cannot be continued by chat messages", where=where, remedy="Set `chat: true`.")
+    end = tokenizer.eos_token_id
+    if add_end and end is None:
+        raise _no_end_token(tokenizer)
+    ids = _continuation_ids(tokenizer, completion)
+    if ids and ids[-1] == end:
+        ids.pop()
+    if end in ids:
+        raise _inner_end(completion, where)
+    return [*ids, end] if add_end else ids
+
+
+def _encode_chat_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], completion: Text, add_end: bool, where: str | None
+) -> list[int]:
+    answers: list[Message] = completion if is_chat(completion) else [{"role": "assistant", "content": str(completion)}]
+    prompt_text = _render_prompt(tokenizer, prompt, where)
+    whole_text = _render(tokenizer, _join(prompt, answers), where)
+    if not whole_text.startswith(prompt_text):
+        raise ModelError(
+            "the chat template prints the prompt differently once an answer follows it",
+            where=where,
+            got=f"prompt ending {prompt_text[-60:]!r}, conversation {whole_text[-120:]!r}",
+            remedy="Give the tokenizer a template whose generation prompt is the beginning of the assistant's turn.",
+        )
+    prompt_ids, whole_ids = _plain_ids(tokenizer, prompt_text), _plain_ids(tokenizer, whole_text)
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        ids = whole_ids[len(prompt_ids) :]
+    else:
+        # A merge across the boundary (a newline of the header with one of the answer): see the module's docstring.
+        ids = _continuation_ids(tokenizer, whole_text[len(prompt_text) :])
+    ends = set(end_token_ids(tokenizer))
+    places = [index for index, token in enumerate(ids) if token in ends]
+    if not places:
+        raise _no_end_token(tokenizer)
+    if len(answers) == 1 and len(places) > 1:
+        raise _inner_end(completion, where)
+    return ids[: places[-1] + 1] if add_end else ids[: places[-1]]
+
+
+def _join(prompt: list[Message], answers: list[Message]) -> list[Message]:
+    """The whole conversation; an assistant's turn that the prompt left open is continued, not followed by a second."""
+    if prompt[-1]["role"] != "assistant" or answers[0]["role"] != "assistant":
+        return [*prompt, *answers]
+    content = prompt[-1]["content"] + answers[0]["content"]
+    return [*prompt[:-1], {**answers[0], "content": content}, *answers[1:]]
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which a completion is over: the end token, and the one that closes the template's assistant turn.
+
+    They differ where a base model's tokenizer got a chat template (`<|end_of_text|>` against `<|eot_id|>`); a
+    generator has to stop at either.
+    """
+    turn_end = _traits(tokenizer).turn_end
+    ends = [token for token in (tokenizer.eos_token_id, turn_end) if token is not None]
+    return list(dict.fromkeys(ends))
+
+
+def decode_completion(
+    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], mask: Iterable[bool] | None = None
+) -> str:
+    """Turn a completion's tokens into the text that follows the prompt, special tokens left out.
+
+    Tokenizers of the sentencepiece kind drop the space before the first word of a text; after a prompt that space is
+    real and is kept.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        ids: [T] token ids, a list or a tensor.
+        mask: [T] True where a token belongs to the completion; None takes all.
+    """
+    tokens = [int(token) for token in ids]
+    if mask is not None:
+        tokens = [token for token, kept in zip(tokens, mask, strict=True) if kept]
+    traits = _traits(tokenizer)
+    if not traits.prepends_space or traits.anchor is None:
+        return _decode(tokenizer, tokens)
+    anchor_ids, anchor_text = traits.anchor
+    return _decode(tokenizer, [*anchor_ids, *tokens]).removeprefix(anchor_text)
+
+
+def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ModelError` with its remedy where the pad or the end token is missing."""
+    if tokenizer.eos_token_id is None:
+        raise _no_end_token(tokenizer)
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "the tokenizer has no pad token",
+            where=tokenizer.name_or_path or None,
+            remedy=f"Set tokenizer.pad_token, for instance to the end token {tokenizer.eos_token!r}: masks come from "
+            "lengths here, so the two may be the same.",
+        )
+
+
+def _no_end_token(tokenizer: PreTrainedTokenizerBase) -> ModelError:
+    return ModelError(
+        "the tokenizer has no end token, so a completion could never end",
+        where=tokenizer.name_or_path or None,
+        remedy="Set tokenizer.eos_token to the token that ends an answer; a chat template must close turns with it.",
+    )
+
+
+def _inner_end(completion: Text, where: str | None) -> DataError:
+    return DataError(
+        f"the completion {_preview(completion)} holds the end token in its midst",
+        where=where,
+        expected="the end token at the end only, where it is added",
+        remedy="Remove it from the text.",
+    )
+
+
+def _preview(text: Text) -> str:
+    words = text if not is_chat(text) else str(text[-1].get("content", ""))
+    return repr(words if len(words) <= 60 else words[:60] + "...")
+
+
+# --- what a tokenizer does at the start of a text -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    prepends_space: bool
+    """True where the first word of any text is tokenized as if a space preceded it."""
+    anchor: tuple[list[int], str] | None
+    """Tokens that stand for a text before, and the text they decode to."""
+    turn_end: int | None
+    """The special token that closes an assistant's turn in the chat template."""
+
+
+_KNOWN_TRAITS: WeakKeyDictionary[Any, tuple[Any, _Traits]] = WeakKeyDictionary()
+
+
+def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
+    # The template and the end token may be set after the tokenizer was first used here.
+    key = (tokenizer.chat_template, tokenizer.eos_token_id)
+    known = _KNOWN_TRAITS.get(tokenizer)
+    if known is None or known[0] != key:
+        known = _KNOWN_TRAITS[tokenizer] = (key, _find_traits(tokenizer))
+    return known[1]
+
+
+def _find_traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
+    anchor = None
+    for text in _ANCHORS:
+        ids = _try_plain_ids(tokenizer, text)
+        if ids and _decode(tokenizer, ids).endswith(text):
+            anchor = (ids, _decode(tokenizer, ids))
+            break
+    prepends_space = False
+    if anchor is not None:
+        # Probed with the anchor twice: a small vocabulary may know no other letter.
+        text = anchor[1].strip(" ")
+        twice = _try_plain_ids(tokenizer, text + text)
+        prepends_space = twice[: len(anchor[0])] == anchor[0] and twice[len(anchor[0]) :] != anchor[0]
+    return _Traits(prepends_space, anchor, _find_turn_end(tokenizer) if tokenizer.chat_template else None)
+
+
+def _find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    question: list[Message] = [{"role": "user", "content": "a"}]
+    prompt = _render_prompt(tokenizer, question)
+    whole = _render(tokenizer, [*question, {"role": "assistant", "content": "a"}], None)
+    special = set(tokenizer.all_special_ids) | {
+        token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+    }
+    after_content = whole[len(prompt) :].partition("a")[2] if whole.startswith(prompt) else whole.rpartition("a")[2]
+    return next((token for token in _plain_ids(tokenizer, after_content) if token in special), None)
+
+
+def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that follows another one."""
+    if not _traits(tokenizer).prepends_space or not text:
+        return _plain_ids(tokenizer, text)
+    for anchor in _ANCHORS:
+        before, together = _plain_ids(tokenizer, anchor), _plain_ids(tokenizer, anchor + text)
+        if together[: len(before)] == before:
+            return together[len(before) :]
+    raise ModelError(
+        f"cannot tokenize {_preview(text)} as the continuation of a text without adding a space to it",
+        where=tokenizer.name_or_path or None,
+        remedy="Load the tokenizer with add_prefix_space=False.",
+    )
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _try_plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """As `_plain_ids`, but nothing for a letter that the vocabulary does not have and cannot replace."""
+    try:
+        return _plain_ids(tokenizer, text)
+    except Exception:  # the tokenizers library raises a bare Exception for a missing unknown token
+        return []
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
