@@ -5,6 +5,7 @@ In all estimators `d = log pi(a) - log ref(a)` for actions drawn from pi; their 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, assert_never
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rlhf.core.algorithm import AdaptiveKl, DualKl, FixedKl, Kl, NoKl, ProportionalKl
 from rlhf.core.ratios import MAX_LOG_RATIO
+from rlhf.errors import ConfigError, TrainingError
 
 KlEstimator = Literal["k1", "k2", "k3", "k3_straight_through", "k3_weighted"]
 
@@ -79,7 +81,8 @@ def exact_categorical_kl(log_p: Float[Tensor, "*batch A"], log_q: Float[Tensor, 
     >>> exact_categorical_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
     tensor(0.1438)
     """
-    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+    # The difference is replaced before it is multiplied: 0 * (-inf) would be NaN in the gradient.
+    return (log_p.exp() * torch.where(log_p > -torch.inf, log_p - log_q, 0.0)).sum(-1)
 
 
 class KlCoefficient:
@@ -103,10 +106,16 @@ class KlCoefficient:
             kl: Measured mean KL in `unit`.
             episodes: Rows seen since the last update; only the proportional rule reads it.
 
+        Raises:
+            TrainingError: `kl` is not finite.
+            ConfigError: The proportional rule sees so many episodes at once that it could turn negative.
+
         >>> coefficient = KlCoefficient(AdaptiveKl(initial=1.0, target=0.01))
         >>> coefficient.update(0.02, episodes=1); coefficient.value
         2.0
         """
+        if not math.isfinite(kl):
+            raise TrainingError("the measured KL is not finite", where="kl coefficient", got=kl)
         match self._config:
             case FixedKl():
                 pass
@@ -116,6 +125,14 @@ class KlCoefficient:
                 elif kl > target * 1.5:
                     self.value *= 2
             case ProportionalKl(target=target, horizon=horizon):
+                if 0.2 * episodes >= horizon:
+                    raise ConfigError(
+                        "the KL coefficient could become negative, which would reward drifting away",
+                        where="algorithm.kl.coefficient.horizon",
+                        got=horizon,
+                        expected=f"much more than the {episodes} episodes between two updates",
+                        remedy="Raise horizon, or collect fewer rows per iteration.",
+                    )
                 error = min(max(kl / target - 1, -0.2), 0.2)
                 self.value *= 1 + error * episodes / horizon
             case DualKl(target=target, learning_rate=learning_rate):
