@@ -1,0 +1,83 @@
+"""No-grad forwards over a whole rollout: what the policy, its critic and the reference think of given completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from rlhf.core.types import PolicyOutput
+
+Scorer = Callable[[Mapping[str, Tensor], Tensor], PolicyOutput]
+
+
+@torch.no_grad()
+def measure(policy: Scorer, inputs: Mapping[str, Tensor], actions: Tensor, *, tokens: int) -> PolicyOutput:
+    """Run a policy over R rows in length-sorted microbatches.
+
+    Rows of similar length go together and the policy trims each microbatch to its own longest row, so little
+    is spent on padding. The order of the result is that of the rows.
+
+    Args:
+        policy: A `LanguageModelPolicy` or a frozen reference.
+        inputs: prompt_ids, prompt_mask [R, P] and completion_mask [R, T].
+        actions: [R, T] completion ids.
+        tokens: Budget of a microbatch: rows x (longest prompt + longest completion) stays below it. A row
+            longer than the budget runs alone.
+
+    Returns:
+        PolicyOutput with [R, T] tensors, 0 where not attended.
+    """
+    lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
+    pieces: list[tuple[Tensor, PolicyOutput]] = []
+    for rows in length_sorted_batches(lengths.cpu(), tokens=tokens):
+        rows = rows.to(actions.device)
+        pieces.append((rows, policy({name: tensor[rows] for name, tensor in inputs.items()}, actions[rows])))
+    order = torch.cat([rows for rows, _ in pieces]).argsort()
+    with_values = pieces[0][1].values is not None
+    return PolicyOutput(
+        log_probs=torch.cat([piece.log_probs for _, piece in pieces])[order],
+        entropy=torch.cat([piece.entropy for _, piece in pieces])[order],
+        values=torch.cat([piece.values for _, piece in pieces])[order] if with_values else None,
+    )
+
+
+def length_sorted_batches(lengths: Tensor, *, tokens: int) -> Iterator[Tensor]:
+    """Cut rows, longest first, into batches whose padded size stays within a token budget.
+
+    Longest first, so that running out of memory shows at once and not at the end.
+
+    Args:
+        lengths: [R] tokens a row, on the CPU.
+        tokens: Budget of rows x longest row.
+
+    Yields:
+        [n] row indices, n >= 1.
+
+    >>> [batch.tolist() for batch in length_sorted_batches(torch.tensor([2, 5, 1, 4]), tokens=8)]
+    [[1], [3, 0], [2]]
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        count = max(1, tokens // longest)
+        yield order[start : start + count]
+        start += count
+
+
+def measure_log_probs(
+    log_probs: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    inputs: Mapping[str, Tensor],
+    actions: Tensor,
+    *,
+    tokens: int,
+) -> Tensor:
+    """As `measure`, for a function that returns log-probs alone, such as `FrozenReference.log_probs`: [R, T]."""
+
+    def as_output(inputs: Mapping[str, Tensor], actions: Tensor) -> PolicyOutput:
+        values = log_probs(inputs, actions)
+        return PolicyOutput(log_probs=values, entropy=values, values=None)
+
+    return measure(as_output, inputs, actions, tokens=tokens).log_probs
