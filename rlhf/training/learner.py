@@ -1,0 +1,298 @@
+"""The learner: one experience in, moved weights and measured numbers out. Gym and language models alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf.core.algorithm import AlgorithmConfig, FixedKl, KlInLoss
+from rlhf.core.estimate import standardize_advantages
+from rlhf.core.objective import LossSums, Objective, SurrogateFunction
+from rlhf.core.types import Experience, PolicyOutput
+from rlhf.training import schedules
+from rlhf.training.batching import (
+    Epoch,
+    MicrobatchLimits,
+    Minibatch,
+    Shard,
+    make_shard,
+    masked_filler,
+    plan_epoch,
+    rows_between,
+)
+from rlhf.training.diagnosis import non_finite_error
+from rlhf.training.distributed import make_accelerator, make_reduce, refuse_unsupported
+from rlhf.training.preparation import (
+    load_policy_state,
+    policy_state,
+    prepare_policy,
+    refuse_contradictions,
+    refuse_dropout,
+)
+from rlhf.training.tally import Tally, measure_experience
+from rlhf.training.update_config import UpdateConfig
+
+EARLY_STOP_FACTOR = 1.5  # as in OpenAI's spinning up and Stable-Baselines3
+
+
+class Learner:
+    """Epochs x minibatches x microbatches over one experience.
+
+    The gradient of a minibatch does not depend on how it is cut into microbatches or spread over processes: losses are
+    sums, divided by counts over the whole minibatch of all processes. A step whose loss or gradient is not finite is
+    refused before it touches the weights.
+
+    Attributes:
+        policy: The module itself, not wrapped: for collectors and for saving.
+        algorithm: What the loss is.
+        objective: The loss.
+        reduce: Sums a tensor over processes; give it to `estimate`.
+        updates: Updates made so far.
+        replicated: Checkpoints need the state of one process only.
+    """
+
+    replicated = True
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        algorithm: AlgorithmConfig,
+        update: UpdateConfig,
+        *,
+        accelerator: Accelerator | None = None,
+        seed: int = 0,
+        surrogate: SurrogateFunction | None = None,
+    ) -> None:
+        """Put the policy on its device and build its optimizer.
+
+        Args:
+            policy: Called as `policy(inputs, actions) -> PolicyOutput`. It may offer
+                `row_lengths(inputs, action_mask) -> [B]`, the tokens it must process per row; rows are then sorted by
+                them inside a minibatch.
+            algorithm: What the loss is.
+            update: How the weights move.
+            accelerator: None makes one.
+            seed: Of the permutations; the same on all processes.
+            surrogate: A callable that replaces the algorithm's surrogate.
+
+        Raises:
+            ConfigError: Settings that contradict each other.
+            ModelError: A policy with dropout or without trainable parameters.
+        """
+        self.accelerator = accelerator if accelerator is not None else make_accelerator()
+        refuse_unsupported(self.accelerator)
+        refuse_contradictions(algorithm, update)
+        refuse_dropout(policy)
+        self.policy, self.algorithm, self.config = policy, algorithm, update
+        self.objective = Objective(algorithm, surrogate=surrogate)
+        self.reduce = make_reduce(self.accelerator)
+        self.updates = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._limits = MicrobatchLimits(rows=update.microbatch_rows, tokens=update.microbatch_tokens)
+        self._standardize = getattr(algorithm.advantages, "standardize", "none") == "minibatch"
+        self._model, self._optimizer = prepare_policy(policy, update, self.accelerator)
+        # DDP and FSDP average gradients over processes; our denominators are global already.
+        self._averages = self.accelerator.num_processes > 1 and self._optimizer.flat is None
+
+    def update(
+        self, experience: Experience, *, kl_coef: float = 0.0, progress: float = 0.0, progress_step: float = 0.0
+    ) -> dict[str, float]:
+        """Learn from one experience.
+
+        Args:
+            experience: The rows of this process, as `estimate` made them.
+            kl_coef: Coefficient of a KL term in the loss.
+            progress: Share of the run that is done, in [0, 1]; drives the schedules.
+            progress_step: Share of the run that this update is; warm-up reads it.
+
+        Returns:
+            Means over all actions and steps: the objective's metrics, "grad_norm", "learning_rate", "kl_coef",
+            "epochs_run" (less than `algorithm.epochs` after an early stop), "rows", "actions"; "explained_variance"
+            with a critic; "kl_to_ref" and "kl_to_ref_per_sequence" with a reference. "approx_kl" and "kl_to_old" are
+            of the last epoch; kl_to_ref is of the policy that collected.
+
+        Raises:
+            TrainingError: A loss or gradient that is not finite; the weights stay as before that step.
+        """
+        rate = schedules.learning_rate(self.config, progress=progress, progress_step=progress_step)
+        scale = schedules.clip_scale(self.config, progress=progress)
+        self._optimizer.set_learning_rate(rate)
+        self._model.train()
+        if self._optimizer.flat is not None:
+            self._optimizer.flat.require_connected()
+        experience = _on_device(experience, self.accelerator.device)
+        facts = measure_experience(experience, reduce=self.reduce)
+        if self.config.shuffle == "actions":
+            experience = experience.flatten_actions()
+        tally = Tally(self.objective.metric_names, minibatches=self.algorithm.minibatches)
+        last = self._run_epochs(experience, tally, kl_coef=kl_coef, clip_scale=scale)
+        self.updates += 1
+        metrics = tally.metrics() | facts | {"learning_rate": rate, "kl_coef": kl_coef}
+        if _steers_by_kl_to_old(self.algorithm):
+            after = self._kl_to_old_after(*last)
+            metrics["kl_to_old_after"] = after
+            metrics["kl_to_old_after_per_sequence"] = after * facts["actions"] / facts["rows"]
+        return metrics
+
+    def _run_epochs(
+        self, experience: Experience, tally: Tally, *, kl_coef: float, clip_scale: float
+    ) -> tuple[Experience, Epoch]:
+        """All optimizer steps; returns the last epoch's rows in their order, and its plan."""
+        shard = make_shard(self.accelerator, len(experience), minibatches=self.algorithm.minibatches)
+        lengths = self._lengths(experience)
+        for epoch in range(self.algorithm.epochs):
+            plan = self._plan(experience, shard, lengths)
+            rows = experience if plan.order is None else experience.select(plan.order.to(experience.actions.device))
+            tally.start_epoch()
+            for index, minibatch in enumerate(plan.minibatches):
+                if minibatch.actions == 0:
+                    tally.skip()  # nothing to learn from, yet Adam's momentum would move the weights
+                    continue
+                own = rows_between(rows, minibatch.start, minibatch.stop)
+                if self._standardize:
+                    own = standardize_advantages(own, reduce=self.reduce)
+                sums = self._backward(own, minibatch, filler_from=rows, kl_coef=kl_coef, clip_scale=clip_scale)
+                measured = self._measure(sums)
+                norm = self._optimizer.gradient_norm()
+                if not math.isfinite(norm + measured[-1] + measured[-2]):
+                    self._refuse(own, measured, norm, minibatch, epoch=epoch, index=index)
+                tally.add(measured[:-2], norm=norm, actions=minibatch.actions)
+                if self._drifted(measured, minibatch.actions):
+                    self._optimizer.zero_grad()
+                    return rows, plan
+                self._optimizer.step(norm=norm, max_norm=self.config.max_grad_norm)
+                tally.step()
+        return rows, plan
+
+    def _plan(self, experience: Experience, shard: Shard, lengths: Tensor | None) -> Epoch:
+        return plan_epoch(
+            experience,
+            shard,
+            accelerator=self.accelerator,
+            generator=self._generator,
+            minibatches=self.algorithm.minibatches,
+            limits=self._limits,
+            lengths=lengths,
+            denominators=self.objective.denominators,
+        )
+
+    def _lengths(self, experience: Experience) -> Tensor | None:
+        """[B] tokens per row on the CPU, where sorting by them can pay."""
+        row_lengths = getattr(self.policy, "row_lengths", None)
+        if row_lengths is None or self._limits == MicrobatchLimits():
+            return None
+        return row_lengths(experience.inputs, experience.action_mask).cpu()
+
+    def _backward(
+        self, own: Experience, minibatch: Minibatch, *, filler_from: Experience, kl_coef: float, clip_scale: float
+    ) -> LossSums:
+        """Leave the gradient of the whole minibatch; returns this process's sums, detached."""
+        self._optimizer.zero_grad()
+        totals: LossSums | None = None
+        for rows, is_last in _microbatches(own, minibatch, filler_from):
+            hold = self._averages and not is_last
+            with self.accelerator.no_sync(self._model) if hold else nullcontext():
+                output = self._model(rows.inputs, rows.actions)
+                sums = self.objective(output, rows, kl_coef=kl_coef, clip_scale=clip_scale)
+                loss = self.objective.loss(sums, minibatch.denominators)
+                if self._averages:
+                    loss = _reach_every_output(loss, output) * self.accelerator.num_processes
+                loss.backward()
+            sums = LossSums(sums.policy.detach(), sums.value.detach(), sums.metrics)
+            totals = sums if totals is None else LossSums(*(a + b for a, b in zip(totals, sums, strict=True)))
+        if self._optimizer.flat is not None and self.accelerator.num_processes > 1:
+            self._optimizer.sum_over_processes()
+        assert totals is not None
+        return totals
+
+    def _measure(self, sums: LossSums) -> list[float]:
+        """Metric sums over all processes, then the policy's and the value's loss sum: the minibatch's one wait."""
+        return self.reduce(torch.cat([sums.metrics, torch.stack([sums.policy, sums.value])])).tolist()
+
+    def _drifted(self, measured: list[float], actions: int) -> bool:
+        if self.config.target_kl is None:
+            return False
+        approx_kl = measured[self.objective.metric_names.index("approx_kl")] / actions
+        return approx_kl > EARLY_STOP_FACTOR * self.config.target_kl
+
+    def _refuse(
+        self, own: Experience, measured: list[float], norm: float, minibatch: Minibatch, *, epoch: int, index: int
+    ) -> None:
+        where = f"update {self.updates + 1}, epoch {epoch + 1}, minibatch {index + 1}"
+        policy_divisor, value_divisor = minibatch.denominators.clamp(min=1).tolist()
+        error = non_finite_error(
+            where=where,
+            policy_loss=measured[-2] / policy_divisor,
+            value_loss=measured[-1] / value_divisor,
+            norm=norm,
+            policy=self.policy,
+            experience=own,
+        )
+        self._optimizer.zero_grad()
+        raise error
+
+    @torch.no_grad()
+    def _kl_to_old_after(self, rows: Experience, plan: Epoch) -> float:
+        """Mean KL(old || policy) per action after the last step, where PPO's section 4 measures it; k3, nats.
+
+        During the update it is 0 at the first minibatch, so its mean over steps would tell too little.
+        """
+        index = self.objective.metric_names.index("approx_kl")
+        total = torch.zeros((), device=rows.actions.device)
+        for minibatch in plan.minibatches:
+            own = rows_between(rows, minibatch.start, minibatch.stop)
+            for part, _ in _microbatches(own, minibatch, rows):
+                total += self.objective(self._model(part.inputs, part.actions), part).metrics[index]
+        actions = sum(minibatch.actions for minibatch in plan.minibatches)
+        return self.reduce(total).item() / max(1, actions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, per parameter name; a collective call where parameters are sharded."""
+        return {
+            "policy": policy_state(self.policy),
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            ConfigError: The state belongs to another policy.
+        """
+        load_policy_state(self.policy, state["policy"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])
+        self.updates = state["updates"]
+
+
+def _on_device(experience: Experience, device: torch.device) -> Experience:
+    return experience if experience.actions.device == device else experience.to(device)
+
+
+def _microbatches(own: Experience, minibatch: Minibatch, filler_from: Experience) -> Iterator[tuple[Experience, bool]]:
+    """Yield each microbatch, and whether it is the last; fully masked ones fill up at the end."""
+    total, start = len(minibatch.sizes) + minibatch.fillers, 0
+    for index, size in enumerate(minibatch.sizes):
+        yield rows_between(own, start, start + size), index + 1 == total
+        start += size
+    for index in range(minibatch.fillers):
+        yield masked_filler(filler_from), index + 1 == minibatch.fillers
+
+
+def _reach_every_output(loss: Tensor, output: PolicyOutput) -> Tensor:
+    """Tie outputs that the objective does not use to the loss: DDP waits for the gradient of every parameter."""
+    unused = output.entropy.sum() if output.values is None else output.entropy.sum() + output.values.sum()
+    return loss + 0.0 * unused
+
+
+def _steers_by_kl_to_old(algorithm: AlgorithmConfig) -> bool:
+    kl = algorithm.kl
+    return isinstance(kl, KlInLoss) and kl.against == "old_policy" and not isinstance(kl.coefficient, FixedKl)

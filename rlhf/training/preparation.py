@@ -1,0 +1,96 @@
+"""Getting a policy ready to be trained, and its state in and out."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf.core.algorithm import AlgorithmConfig, TokenMean
+from rlhf.errors import ConfigError, ModelError
+from rlhf.training.optimizer import FlatParameters, PolicyOptimizer, build_optimizer, place_like, whole
+from rlhf.training.update_config import UpdateConfig
+
+
+def prepare_policy(
+    policy: nn.Module, update: UpdateConfig, accelerator: Accelerator
+) -> tuple[nn.Module, PolicyOptimizer]:
+    """The module to call (wrapped where there are several processes or autocast) and its optimizer."""
+    if update.flatten_parameters:
+        model = accelerator.prepare_model(policy, evaluation_mode=True)  # device and autocast; no DDP: one all-reduce
+        named = _trainable(policy)
+        flat = FlatParameters(named)
+        if accelerator.num_processes > 1:
+            for tensor in (flat.parameter.data, *policy.buffers()):
+                dist.broadcast(tensor, src=0)
+        return model, PolicyOptimizer(build_optimizer([flat.parameter], update), named_parameters=named, flat=flat)
+    if accelerator.num_processes == 1 and accelerator.mixed_precision == "no":
+        model = policy.to(accelerator.device)
+        named = _trainable(policy)
+        return model, PolicyOptimizer(build_optimizer(_only(named), update), named_parameters=named)
+    model, prepared = accelerator.prepare(policy, build_optimizer(_only(_trainable(policy)), update))
+    # accelerate's wrapper around the optimizer only adds loss scaling and accumulation, which we do ourselves.
+    return model, PolicyOptimizer(prepared.optimizer, named_parameters=_trainable(policy))
+
+
+def _trainable(policy: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    named = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ModelError("the policy has no trainable parameter", remedy="Unfreeze what should learn.")
+    return named
+
+
+def _only(named: list[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    return [parameter for _, parameter in named]
+
+
+def refuse_contradictions(algorithm: AlgorithmConfig, update: UpdateConfig) -> None:
+    """Refuse `shuffle: actions` where a row means something."""
+    if update.shuffle == "rows":
+        return
+    if algorithm.ratio != "token" or not isinstance(algorithm.aggregation, TokenMean):
+        raise ConfigError(
+            "single actions cannot be shuffled when the loss is made per row",
+            where="update.shuffle",
+            got=f"ratio {algorithm.ratio}, aggregation {algorithm.aggregation.type}",
+            expected="ratio token and aggregation token_mean",
+            remedy="Set update.shuffle=rows.",
+        )
+
+
+def refuse_dropout(policy: nn.Module) -> None:
+    """Dropout draws anew in every forward, so that ratios would differ from 1 before the first step."""
+    for name, module in policy.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ModelError(
+                "dropout makes the importance ratios wrong",
+                where=f"policy.{name}",
+                got=f"p={module.p}",
+                remedy="Set the model's dropout probabilities to 0.",
+            )
+
+
+def policy_state(policy: nn.Module) -> dict[str, Tensor]:
+    """Return the policy's state on the CPU; copies, because views of a flat tensor would save all of it each."""
+    return {name: whole(tensor).detach().cpu().clone() for name, tensor in policy.state_dict().items()}
+
+
+def load_policy_state(policy: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Copy a saved state into the policy's own tensors.
+
+    Raises:
+        ConfigError: It has other names or shapes.
+    """
+    own = policy.state_dict()
+    different = [name for name in {**own, **saved} if name not in own or name not in saved]
+    different += [name for name in own if name in saved and own[name].shape != saved[name].shape]
+    if different:
+        raise ConfigError(
+            "the checkpoint's weights belong to another policy",
+            got=", ".join(sorted(different)[:5]),
+            remedy="Resume with the model settings that the run was started with.",
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(place_like(saved[name], tensor))

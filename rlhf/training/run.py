@@ -1,0 +1,384 @@
+"""A run: its directory, its iterations, what it writes, and how it goes on after a stop.
+
+    runs/<recipe>/<config name>/seed_<seed>/
+        config.yaml        every setting, resolved
+        environment.json   versions, hardware, commit
+        metrics.jsonl      one line per iteration
+        samples.jsonl      a few readable samples per iteration
+        checkpoints/       iteration_000123/<name>.pt, latest, best.json
+        summary.json       written at the end: final metrics under stable names
+
+Only the main process writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+
+from rlhf.config import Config, dump_yaml, read_yaml
+from rlhf.core.types import Rollout
+from rlhf.errors import ConfigError, TrainingError
+from rlhf.training.checkpoints import CheckpointStore, write_atomically
+from rlhf.training.distributed import (
+    gather_objects,
+    make_accelerator,
+    on_main_process_first_failing,
+    preserved_random_state,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
+from rlhf.training.environment import describe_environment, package_versions
+from rlhf.training.metrics import ConsoleLog, JsonLines, Trackers, flatten_settings, jsonable, require_trackers
+from rlhf.training.run_config import RunConfig
+
+CONFIG_NAME_VARIABLE = "RLHF_CONFIG_NAME"
+DESCRIPTION = ("config.yaml", "environment.json")
+RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "trackers")
+RUN_STATE = "run"
+
+
+class Stateful(Protocol):
+    """What a checkpoint can keep."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, arrays, numbers, strings and containers of them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        ...
+
+
+class Run:
+    """One training run.
+
+    Attributes:
+        directory: Where everything is written.
+        evaluate: Set by the recipe; called on every process every `evaluate_every` iterations and at the end. Its
+            metrics are logged as "evaluation/<name>". It draws from the global generators without changing the run.
+        completed: The last completed iteration.
+        total: Iterations of the whole run.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        *,
+        resolved: Config,
+        iterations: int,
+        accelerator: Accelerator | None = None,
+        recipe: str = "run",
+    ) -> None:
+        """Seed everything, make the directory, write config.yaml and environment.json.
+
+        Args:
+            run: The settings.
+            resolved: The whole config of the recipe, for the record.
+            iterations: How many there will be.
+            accelerator: None makes one.
+            recipe: Its name.
+
+        Raises:
+            ConfigError: A directory that holds an earlier run, a tracker that is not installed, or a checkpoint of
+                another number of processes.
+        """
+        self.config, self.total, self.recipe = run, iterations, recipe
+        self.accelerator = accelerator if accelerator is not None else make_accelerator()
+        self.config_name = os.environ.get(CONFIG_NAME_VARIABLE, "default")
+        self.directory = Path(run.directory or f"runs/{recipe}/{self.config_name}/seed_{run.seed}")
+        self.evaluate: Callable[[], dict[str, float]] | None = None
+        self.completed = 0
+        self._resolved, self._is_main = resolved, self.accelerator.is_main_process
+        self._tracked: dict[str, Stateful] = {}
+        self._store = CheckpointStore(self.directory / "checkpoints", keep=run.keep_checkpoints)
+        self._metrics = JsonLines(self.directory / "metrics.jsonl")
+        self._samples = JsonLines(self.directory / "samples.jsonl")
+        self._console = ConsoleLog(
+            total=iterations, enabled=self._is_main, bar=run.progress_bar, every=run.log_every, name=recipe
+        )
+        self._trackers: Trackers | None = None
+        self._last: dict[str, float] = {}
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        seed_everything(run.seed)
+        require_trackers(run.trackers)
+        on_main_process_first_failing(self.accelerator, self._prepare_directory)
+        self._resumed_from = self._store.latest() if run.resume else None
+        self._resume()
+
+    # --- the directory --------------------------------------------------------------------------------------------
+
+    def _prepare_directory(self) -> None:
+        """Make or check the directory; on the main process only."""
+        described = [name for name in DESCRIPTION if (self.directory / name).exists()]
+        earlier = [name for name in RESULTS if (self.directory / name).exists()]
+        if self.config.overwrite:
+            for name in (*described, *earlier):
+                path = self.directory / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif not self.config.resume and (earlier or len(described) == 1):
+            # Both descriptions without a result are what a run leaves that failed before its first iteration.
+            raise ConfigError(
+                "the run directory holds an earlier run",
+                where=str(self.directory),
+                got=", ".join((*described, *earlier)),
+                remedy="Give another run.directory, go on with run.resume=true, or start over with run.overwrite=true.",
+            )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory cannot be made: {error.strerror}", where=str(self.directory)
+            ) from error
+        self._write_config()
+        environment = describe_environment(processes=self.accelerator.num_processes)
+        write_atomically(self.directory / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    def _write_config(self) -> None:
+        """Write config.yaml; where a resumed run changes settings, keep the earlier ones beside it and say so."""
+        path, text = self.directory / "config.yaml", dump_yaml(self._resolved)
+        if path.exists():
+            before, now = flatten_settings(read_yaml(path)), flatten_settings(self._resolved.model_dump(mode="json"))
+            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            changed = [key for key in changed if key not in ("run.resume", "run.overwrite", "resume", "overwrite")]
+            if changed:
+                number = len(list(self.directory.glob("config_before_*.yaml"))) + 1
+                path.rename(self.directory / f"config_before_{number}.yaml")
+                self._console.say(f"settings differ from those the run was started with: {', '.join(sorted(changed))}")
+        write_atomically(path, text)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def track(self, **stateful: Stateful) -> None:
+        """Save these with every checkpoint; where the run resumes, restore them at once.
+
+        An object with the attribute `replicated = True` is the same on all processes and saved once; of others every
+        process's state is kept.
+
+        Raises:
+            ConfigError: A name that tracks another object already.
+            TrainingError: The checkpoint lacks this name.
+        """
+        for name, thing in stateful.items():
+            if self._tracked.setdefault(name, thing) is not thing or name == RUN_STATE:
+                raise ConfigError("this name is tracked already", where="Run.track", got=name)
+            if self._resumed_from is not None:
+                self._restore(self._resumed_from, name)
+
+    def _restore(self, checkpoint: Path, name: str) -> None:
+        state, thing = self._store.load(checkpoint, name), self._tracked[name]
+        thing.load_state_dict(state if _replicated(thing) else state[self.accelerator.process_index])
+
+    def restore_best(self, *names: str) -> Path:
+        """Put tracked objects back to the best checkpoint's state.
+
+        Args:
+            names: Which; for instance "learner".
+
+        Raises:
+            TrainingError: No best checkpoint was marked.
+        """
+        best = self._store.best()
+        if best is None:
+            raise TrainingError(
+                "no checkpoint was marked as the best",
+                where=str(self._store.directory),
+                remedy="Set run.best_metric, and run.evaluate_every.",
+            )
+        for name in names:
+            self._restore(best, name)
+        return best
+
+    @property
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return self._store.latest()
+
+    def _save(self) -> Path:
+        """Save a checkpoint of the last completed iteration; every process takes part."""
+        states: dict[str, Any] = {}
+        for name, thing in self._tracked.items():
+            state = thing.state_dict()
+            states[name] = state if _replicated(thing) else gather_objects(self.accelerator, state)
+        states[RUN_STATE] = {
+            "iteration": self.completed,
+            "seconds": self._seconds(),
+            "processes": self.accelerator.num_processes,
+            "random": gather_objects(self.accelerator, random_state()),
+        }
+        on_main_process_first_failing(self.accelerator, lambda: self._store.save(self.completed, states) and None)
+        return self._store.directory / f"iteration_{self.completed:06d}"
+
+    def _resume(self) -> None:
+        if self._resumed_from is None:
+            if self.config.resume:
+                self._console.say(f"no checkpoint in {self._store.directory}: the run starts from its beginning")
+                if self._is_main:
+                    self._metrics.keep_until(0)
+                    self._samples.keep_until(0)
+            return
+        state = self._store.load(self._resumed_from, RUN_STATE)
+        if state["processes"] != self.accelerator.num_processes:
+            raise ConfigError(
+                "a run resumes with as many processes as it was started with",
+                where=str(self._resumed_from),
+                got=self.accelerator.num_processes,
+                expected=str(state["processes"]),
+            )
+        self.completed, self._seconds_before = state["iteration"], state["seconds"]
+        self._random_state = state["random"][self.accelerator.process_index]
+        if self._is_main:
+            self._metrics.keep_until(self.completed)
+            self._samples.keep_until(self.completed)
+            records = self._metrics.read()
+            self._last = {key: value for key, value in (records[-1] if records else {}).items() if key != "iteration"}
+        self._console.say(f"resuming after iteration {self.completed} of {self.total}")
+
+    # --- iterations -------------------------------------------------------------------------------------------------
+
+    def iterations(self) -> Iterator[int]:
+        """Yield the iterations that are left, counted from 1."""
+        if self._resumed_from is not None:
+            set_random_state(self._random_state)
+        elif self.accelerator.process_index > 0:
+            seed_everything(self.config.seed + 1_000_003 * self.accelerator.process_index)  # processes draw apart
+        if self._is_main and self.config.trackers:
+            settings = flatten_settings(self._resolved.model_dump(mode="json"))
+            folder = self.directory / "trackers"
+            self._trackers = Trackers(self.config.trackers, project=self.recipe, logging_dir=folder, config=settings)
+        self._started = time.monotonic()
+        self._console.start(completed=self.completed)
+        try:
+            yield from range(self.completed + 1, self.total + 1)
+        finally:
+            self._console.stop()
+
+    def progress(self, iteration: int) -> float:
+        """Return the share of the run that is done before `iteration`, in [0, 1)."""
+        return (iteration - 1) / self.total
+
+    def finish_iteration(self, iteration: int, rollout: Rollout | None, metrics: dict[str, float]) -> None:
+        """Record an iteration: metrics, samples, evaluation and checkpoint where they are due.
+
+        Metrics of the rollout are averaged over the processes that report them; `metrics` are the same on all.
+
+        Raises:
+            TrainingError: best_metric is not among the evaluation's metrics, or the checkpoint cannot be written.
+        """
+        record = {**self._rollout_metrics(rollout), **metrics}
+        self.completed = iteration
+        is_last = iteration == self.total
+        is_best = False
+        if self.evaluate is not None and _due(iteration, self.config.evaluate_every, is_last):
+            evaluation = self._evaluate()
+            record |= evaluation
+            is_best = self._improves(evaluation)
+        self._last = {"seconds": self._seconds(), **record}
+        if self._is_main:
+            self._metrics.write([{"iteration": iteration, **self._last}])
+            if rollout is not None:
+                self._samples.write({"iteration": iteration, **sample} for sample in rollout.samples)
+            if self._trackers is not None and (iteration % self.config.log_every == 0 or is_last):
+                self._trackers.log(record, step=iteration)
+        self._console.iteration(iteration, record)
+        if is_best or _due(iteration, self.config.checkpoint_every, is_last):
+            path = self._save()
+            if is_best and self._is_main:
+                metric = self._best_name()
+                self._store.mark_best(path, metric=metric, value=record[metric])
+
+    def _rollout_metrics(self, rollout: Rollout | None) -> dict[str, float]:
+        everywhere = gather_objects(self.accelerator, dict(rollout.metrics) if rollout is not None else {})
+        names = dict.fromkeys(name for metrics in everywhere for name in metrics)
+        reported = {name: [metrics[name] for metrics in everywhere if name in metrics] for name in names}
+        return {name: sum(values) / len(values) for name, values in reported.items()}
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.evaluate is not None
+        with preserved_random_state():
+            return {f"evaluation/{name.removeprefix('evaluation/')}": value for name, value in self.evaluate().items()}
+
+    def _best_name(self) -> str:
+        return f"evaluation/{(self.config.best_metric or '').removeprefix('evaluation/')}"
+
+    def _improves(self, evaluation: dict[str, float]) -> bool:
+        """Whether this evaluation is the best so far, as the main process sees it."""
+        if self.config.best_metric is None:
+            return False
+        metric = self._best_name()
+        if metric not in evaluation:
+            raise TrainingError(
+                "the evaluation has no such metric",
+                where="run.best_metric",
+                got=self.config.best_metric,
+                expected=", ".join(sorted(evaluation)),
+            )
+        best = self._store.best_record()
+        gain = 0.0 if best is None else evaluation[metric] - best["value"]
+        better = best is None or (gain > 0 if self.config.best_is == "highest" else gain < 0)
+        return gather_objects(self.accelerator, better)[0]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def say(self, text: str) -> None:
+        """Print a sentence on the main process."""
+        self._console.say(text)
+
+    def stopped(self) -> None:
+        """Leave terminal and trackers in order after an interruption, and say how to go on."""
+        self._console.stop()
+        if self._trackers is not None:
+            self._trackers.finish()
+        latest = self.latest_checkpoint
+        where = f"run.resume=true goes on from {latest}" if latest else "it has no checkpoint"
+        self._console.say(f"stopped after iteration {self.completed} of {self.total}; {where}")
+
+    def finish(self, **extra: Any) -> dict[str, float]:
+        """Write summary.json.
+
+        Args:
+            extra: Numbers join the metrics, anything else the summary.
+
+        Returns:
+            The metrics: those of the last iteration, of the last evaluation, and the extra ones.
+        """
+        self._console.stop()
+        numbers = {key: value for key, value in extra.items() if isinstance(value, int | float)}
+        metrics = {key: value for key, value in self._last.items() if key != "seconds"} | numbers
+        if self.evaluate is not None and not any(name.startswith("evaluation/") for name in metrics):
+            metrics |= self._evaluate()
+        if self._trackers is not None:
+            self._trackers.finish()
+        if self._is_main:
+            summary = {
+                "recipe": self.recipe,
+                "config_name": self.config_name,
+                "seed": self.config.seed,
+                "iterations": self.completed,
+                "seconds": self._seconds(),
+                "metrics": metrics,
+                "versions": package_versions(),
+                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                **{key: value for key, value in extra.items() if key not in numbers},
+            }
+            write_atomically(self.directory / "summary.json", json.dumps(jsonable(summary), indent=2) + "\n")
+        return metrics
+
+
+def _replicated(thing: Stateful) -> bool:
+    return bool(getattr(thing, "replicated", False))
+
+
+def _due(iteration: int, every: int, is_last: bool) -> bool:
+    return is_last or (every > 0 and iteration % every == 0)
