@@ -1,4 +1,4 @@
-"""The command line: `rlhf ls`, `rlhf cp`, `rlhf run`, `rlhf table`, `rlhf version`.
+"""The command line: `rlhf ls`, `rlhf cp`, `rlhf run`, `rlhf explain`, `rlhf table`, `rlhf version`.
 
 Torch and transformers are imported inside the commands that need them, so that `rlhf --help` answers at once.
 """
@@ -94,6 +94,23 @@ def run_command(
         else:
             code = running.run_here(request)
     raise typer.Exit(code)
+
+
+@app.command("explain")
+def explain_command(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .py file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, such as algorithm=grpo.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="A config's name, or the path of a YAML file.")] = None,
+) -> None:
+    """Print what a run would use: every setting, its value and its meaning, as a YAML file to start from."""
+    from rlhf.commands import running
+    from rlhf.commands.explaining import explain_config
+
+    with user_errors():
+        _, resolved = running.Request.make(recipe, config=config, overrides=overrides or []).load()
+        typer.echo(explain_config(resolved), nl=False)
 
 
 @app.command("table")

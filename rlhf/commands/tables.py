@@ -13,8 +13,8 @@ from typing import Any
 from rlhf.config import read_yaml
 from rlhf.errors import DataError, UserError
 
-PER_SEED_SETTINGS = ("run.seed", "run.directory", "run.resume", "run.progress_bar", "run.trackers")
-"""Settings that may differ between runs that are averaged."""
+RUN_SETTINGS = "run."
+"""Settings that may differ between runs that are averaged: seed, directory, and how often a run looks at itself."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FinishedRun:
         seed: The run's seed.
         seconds: Wall-clock time.
         metrics: Final metrics by name.
-        settings: The resolved config, flat: `a.b.c` to value, without what may differ between seeds.
+        settings: The resolved config, flat: `a.b.c` to value, without those of `run`.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ def _read_run(file: Path) -> FinishedRun:
             seed=summary.get("seed"),
             seconds=float(summary["seconds"]),
             metrics={name: float(value) for name, value in summary["metrics"].items()},
-            settings={key: value for key, value in settings.items() if key not in PER_SEED_SETTINGS},
+            settings={key: value for key, value in settings.items() if not key.startswith(RUN_SETTINGS)},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"not the summary of a run ({type(error).__name__}: {error})", where=str(file)) from error

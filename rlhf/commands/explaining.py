@@ -1,0 +1,37 @@
+"""A resolved config as YAML with the meaning of every setting above it, which `rlhf run --config` reads back."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from rlhf.config_yaml import Dumper
+
+WIDTH = 110
+
+
+def explain_config(config: BaseModel) -> str:
+    """Write every setting with its value; docstrings become comments."""
+    return "\n".join(_lines(config, indent="")) + "\n"
+
+
+def _lines(config: BaseModel, *, indent: str) -> Iterator[str]:
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        told = field.description or (type(value).__doc__ or "").partition("\n\n")[0] * isinstance(value, BaseModel)
+        if told and name != "type":
+            comment = " ".join(told.split())
+            yield from textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
+        if isinstance(value, BaseModel) and type(value).model_fields:
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent=indent + "  ")
+        else:
+            yield from textwrap.indent(_dump({name: config.model_dump(mode="json")[name]}), indent).splitlines()
+
+
+def _dump(settings: dict[str, Any]) -> str:
+    return yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
