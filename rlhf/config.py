@@ -119,7 +119,7 @@ def complete(schema: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, 
     completed = dict(settings)
     for key, given in settings.items():
         field = schema.model_fields.get(key)
-        if field is None or not isinstance(given, Mapping):
+        if field is None or not isinstance(given, Mapping) or "preset" in given:  # a preset brings its own rest
             continue
         default = _default(field)
         if isinstance(default, BaseModel):
