@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin
 
@@ -21,16 +21,17 @@ class _Place:
     Args:
         path: Keys as the user writes them; pydantic's location also names the branch taken at each union.
         choices: The types accepted there.
+        union: The branches of the union that was entered last, of which `choices` is one.
     """
 
     path: tuple[str, ...]
     choices: tuple[Any, ...]
+    union: tuple[Any, ...] = ()
 
     @property
     def types(self) -> list[str]:
         """The `type` of each branch, where the choices are a union told apart by it."""
-        models = [choice for choice in self.choices if _is_model(choice)]
-        return [model.model_fields["type"].default for model in models if "type" in model.model_fields]
+        return _types_of(self.choices)
 
 
 def describe_problems(schema: type[BaseModel], error: ValidationError) -> list[str]:
@@ -92,11 +93,13 @@ def _locate(schema: type[BaseModel], location: Sequence[int | str]) -> _Place:
     """Follow pydantic's location, leaving out the parts that name a union's branch."""
     path: list[str] = []
     choices: list[Any] = [schema]
+    union: list[Any] = []
     for part in location:
         if len(choices) > 1:
+            union = choices
             choices = [choice for choice in choices if _is_branch(choice, part)] or choices
             continue
-        (choice,) = choices or (None,)
+        (choice,), union = choices or (None,), []
         if _is_model(choice) and part in choice.model_fields:
             choices = list(_choices_in(choice.model_fields[part].annotation))
         elif get_origin(choice) in (list, tuple, set, frozenset, dict):
@@ -104,7 +107,7 @@ def _locate(schema: type[BaseModel], location: Sequence[int | str]) -> _Place:
         elif not isinstance(part, int) and (part == "[key]" or part.endswith("]")):
             continue  # pydantic's own marks, such as function-before[...]
         path.append(str(part))
-    return _Place(tuple(path), tuple(choices))
+    return _Place(tuple(path), tuple(choices), tuple(union))
 
 
 def _is_branch(choice: Any, part: int | str) -> bool:
@@ -112,6 +115,11 @@ def _is_branch(choice: Any, part: int | str) -> bool:
         tag = choice.model_fields.get("type")
         return part == choice.__name__ or (tag is not None and tag.default == part)
     return isinstance(part, str) and part.split("[")[0] == getattr(get_origin(choice) or choice, "__name__", None)
+
+
+def _types_of(choices: Iterable[Any]) -> list[str]:
+    models = [choice for choice in choices if _is_model(choice)]
+    return [model.model_fields["type"].default for model in models if "type" in model.model_fields]
 
 
 def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -131,7 +139,10 @@ def _choices_in(annotation: Any) -> Iterator[Any]:
 
 
 def _hint(schema: type[BaseModel], place: _Place, path: tuple[str, ...]) -> str:
-    """The nearest key here, else the same key elsewhere, else all keys here."""
+    """The branch that has this key, the nearest key here, the same key elsewhere, or all keys here."""
+    owners = _types_of(choice for choice in place.union if _is_model(choice) and path[-1] in choice.model_fields)
+    if owners:
+        return f"it belongs to type {' or '.join(map(repr, owners))}, not {place.types[0]!r}"
     known = sorted({key for choice in place.choices if _is_model(choice) for key in choice.model_fields})
     nearest = difflib.get_close_matches(path[-1], known, n=1)
     elsewhere = [other for other in _all_paths(schema) if other.rpartition(".")[2] == path[-1]]

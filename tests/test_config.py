@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from rlhf.config import Config, dump_yaml, load_config, read_yaml
-from rlhf.core.algorithm import ClippedValueLoss, Gae, GroupRelative
+from rlhf.core.algorithm import ClippedValueLoss, FixedKl, Gae, GroupRelative
 from rlhf.core.presets import ALGORITHMS, AlgorithmChoice
 from rlhf.errors import ConfigError
 
@@ -151,6 +151,14 @@ def test_a_preset_in_yaml_can_be_changed_by_overrides(yaml_file):
     assert algorithm == ALGORITHMS["grpo"].model_copy(update={"surrogate": expected})
 
 
+def test_a_required_preset_can_be_changed_deep_inside():
+    class Needy(Config):
+        algorithm: AlgorithmChoice
+
+    kl = load_config(Needy, None, ["algorithm=grpo", "algorithm.kl.coefficient.value=0.001"]).algorithm.kl
+    assert kl == ALGORITHMS["grpo"].kl.model_copy(update={"coefficient": FixedKl(value=0.001)})
+
+
 @pytest.mark.parametrize("order", [("algorithm=grpo", "algorithm.epochs=3"), ("algorithm.epochs=3", "algorithm=grpo")])
 def test_whole_groups_are_set_before_their_parts(order):
     algorithm = load(*order).algorithm
@@ -262,6 +270,8 @@ def test_a_key_given_twice_is_not_dropped_silently(yaml_file):
         ("loras=[{rank: 1}, {rnk: 2}]", "loras.1.rnk: unknown key; did you mean 'rank'?"),
         ("learning_rate=1", "learning_rate: unknown key; did you mean 'update.learning_rate'?"),
         ("update.q=1", "update.q: unknown key; known keys: learning_rate, max_grad_norm, schedule"),
+        ("voice={type: quiet, volume: 2}", "voice.volume: unknown key; it belongs to type 'loud', not 'quiet'"),
+        ("algorithm.kl.value=1", "unknown key; did you mean 'algorithm.kl.coefficient.value'?"),
         # Wrong types.
         ("update.learning_rate=fast", "update.learning_rate: got 'fast', expected a valid number"),
         ("update.learning_rate=.nan", "update.learning_rate: got nan, expected a finite number"),
