@@ -98,6 +98,12 @@ class DualClipped(Config):
     clip_high: float = Field(0.2, ge=0)
     bound: float = Field(3.0, gt=1)
 
+    @model_validator(mode="after")
+    def _refuse_bounds_inside_the_clip_range(self) -> Self:
+        if self.bound <= 1 + self.clip_high:
+            raise ValueError(f"bound {self.bound} must lie above 1 + clip_high = {1 + self.clip_high}; raise bound")
+        return self
+
 
 class ClippedWeight(Config):
     """stop_gradient(min(ratio, 1 + clip_high)) x A x log pi (CISPO); there is no lower bound."""
@@ -187,7 +193,7 @@ class KlInLoss(Config):
         if self.against == "old_policy" and self.estimator in ("k3_straight_through", "k3_weighted"):
             raise ValueError(
                 f"{self.estimator} corrects KL(policy || reference); against the old policy, whose samples these "
-                "are, k1, k2 and k3 need no correction: use one of them"
+                "are, k1 and k3 need no correction (and k2 is right to first order): use one of them"
             )
         return self
 
@@ -261,6 +267,15 @@ class MaskedWeights(Config):
     high: float = Field(5.0, gt=0)
     level: Literal["token", "sequence", "sequence_geometric_mean"] = "token"
 
+    @model_validator(mode="after")
+    def _refuse_bands_without_one(self) -> Self:
+        if not self.low <= 1 <= self.high:
+            raise ValueError(
+                f"the band [{self.low}, {self.high}] would drop actions on which engine and trainer agree; "
+                "choose low <= 1 <= high"
+            )
+        return self
+
 
 RolloutCorrection = Annotated[TruncatedWeights | MaskedWeights, Field(discriminator="type")]
 
@@ -300,8 +315,14 @@ class AlgorithmConfig(Config):
                 f"advantages {self.advantages.type!r} use no critic, so value_loss trains one for nothing; "
                 "remove value_loss, or use gae, n_step, or rewards_to_go with baseline: value"
             )
-        if isinstance(self.surrogate, PolicyGradient) and self.epochs * self.minibatches > 1 and self.ratio != "token":
+        if isinstance(self.surrogate, PolicyGradient) and self.ratio != "token":
             raise ValueError("policy_gradient ignores the ratio; remove `ratio`, or use a clipped surrogate")
+        ratio_is_differentiated = isinstance(self.surrogate, Unclipped | Clipped | DualClipped)
+        if self.ratio == "sequence_product" and ratio_is_differentiated and self.aggregation.type != "sequence_mean":
+            raise ValueError(
+                f"with ratio: sequence_product, whose one value per row stands at each of its actions, "
+                f"{self.aggregation.type} would weigh a row by its length; use aggregation: sequence_mean"
+            )
         if isinstance(self.kl, KlInReward) and isinstance(self.kl.coefficient, DualKl) and self.needs_groups:
             raise ValueError("a dual KL coefficient inside group rewards has no fixed point; use fixed or proportional")
         return self

@@ -114,7 +114,7 @@ class KlCoefficient:
         >>> coefficient.update(0.02, episodes=1); coefficient.value
         2.0
         """
-        if not math.isfinite(kl):
+        if not isinstance(self._config, FixedKl) and not math.isfinite(kl):
             raise TrainingError("the measured KL is not finite", where="kl coefficient", got=kl)
         match self._config:
             case FixedKl():

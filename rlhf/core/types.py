@@ -75,7 +75,7 @@ class Rollout:
     @property
     def scores(self) -> Tensor:
         """[B] undiscounted sum of each row's rewards over its own actions."""
-        return (self.rewards * self.action_mask).sum(dim=1)
+        return torch.where(self.action_mask, self.rewards, 0.0).sum(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,9 +45,7 @@ def test_scan_gives_rlax_discounted_returns():
     # rlax DiscountedReturnsTest: G_t = r_t + discount_t G_{t+1}, bootstrapped with 3.0 and 2.7.
     last = torch.zeros_like(REWARDS)
     last[:, -1] = DISCOUNTS[:, -1] * torch.tensor([3.0, 2.7])
-    expected = torch.tensor(
-        [[1.315, 0.63, 0.7, 1.7, 3.4], [1.33592, 0.9288, 0.2576, 3.192, 3.99]], dtype=torch.float64
-    )
+    expected = torch.tensor([[1.315, 0.63, 0.7, 1.7, 3.4], [1.33592, 0.9288, 0.2576, 3.192, 3.99]], dtype=torch.float64)
     assert torch.allclose(discounted_scan(REWARDS + last, DISCOUNTS), expected, atol=1e-12)
 
 

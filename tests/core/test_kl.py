@@ -196,9 +196,7 @@ def test_exact_kl_of_masked_logits_has_a_finite_gradient():
 )
 def test_adaptive_coefficient(measured, expected):
     # PPO paper, section 4, beta 1, target .01: halved below .01 / 1.5 = .00667, doubled above .015.
-    coefficient = make_kl_coefficient(
-        KlInLoss(against="old_policy", coefficient=AdaptiveKl(initial=1.0, target=0.01))
-    )
+    coefficient = make_kl_coefficient(KlInLoss(against="old_policy", coefficient=AdaptiveKl(initial=1.0, target=0.01)))
     coefficient.update(measured, episodes=1)
     assert coefficient.value == expected
 

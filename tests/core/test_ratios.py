@@ -69,9 +69,9 @@ def test_the_sequence_product_is_the_exact_importance_weight():
     log_probs, old_log_probs = (
         torch.stack([torch.stack([first[k][i], second[k][i, j]]) for i, j in pairs]) for k in range(2)
     )
-    weights = importance_ratio(
-        log_probs, old_log_probs, torch.ones(9, 2, dtype=torch.bool), level="sequence_product"
-    )[:, 0]
+    weights = importance_ratio(log_probs, old_log_probs, torch.ones(9, 2, dtype=torch.bool), level="sequence_product")[
+        :, 0
+    ]
     flat = torch.stack([outcome[i, j] for i, j in pairs])
     expected = (log_probs.sum(1).exp() * flat).sum()
     assert (old_log_probs.sum(1).exp() * weights * flat).sum().item() == pytest.approx(expected.item())

@@ -116,9 +116,7 @@ def test_the_cap_of_clipped_weight_is_relative_to_one():
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    log_ratio=st.floats(-5, 5), advantage=st.floats(-10, 10), low=st.floats(0, 1), high=st.floats(0, 3)
-)
+@given(log_ratio=st.floats(-5, 5), advantage=st.floats(-10, 10), low=st.floats(0, 1), high=st.floats(0, 3))
 def test_clipped_is_a_lower_bound_that_touches_at_ratio_one(log_ratio, advantage, low, high):
     """L_CLIP <= L_CPI, with equality at ratio 1 (PPO paper, section 3)."""
     a = row(advantage)
