@@ -82,7 +82,7 @@ def load_rankings(data: DataConfig) -> list[Ranking]:
         return rankings
     kept = [ranking for ranking in rankings if not ranking.tied]
     if not kept:
-        raise DataError("every ranking is one tie", where=data.path, got=f"{len(rankings)} rankings")
+        raise DataError(f"each of the {len(rankings)} rankings is one tie", where=data.path)
     if len(kept) < len(rankings):
         warnings.warn(f"{data.path}: {len(rankings) - len(kept)} rankings are one tie and were dropped", stacklevel=2)
     return kept
@@ -116,7 +116,7 @@ def _read(data: DataConfig, build: Callable[[Values, str], list[Record]]) -> lis
 def _one_error(problems: Sequence[tuple[str, DataError]], number_of_rows: int, data: DataConfig) -> DataError:
     if len(problems) == 1:
         where, problem = problems[0]
-        return DataError(problem.what, where=where, got=problem.got, expected=problem.expected, remedy=problem.remedy)
+        return DataError(str(problem), where=where)
     shown = [
         f"{where.removeprefix(data.path + ', ')}: {problem}".rstrip(".") for where, problem in problems[:SHOWN_PROBLEMS]
     ]
@@ -124,7 +124,7 @@ def _one_error(problems: Sequence[tuple[str, DataError]], number_of_rows: int, d
     return DataError(
         f"{len(problems)} of {number_of_rows} rows are bad:\n  " + "\n  ".join(shown) + more,
         where=data.path,
-        remedy="" if data.bad_rows == "drop" else "\nMend them, or set `bad_rows: drop` to leave them out.",
+        remedy=None if data.bad_rows == "drop" else "Mend them, or set `bad_rows: drop` to leave them out.",
     )
 
 
@@ -197,13 +197,10 @@ def split_holdout(
         ConfigError: Not exactly one of `fraction` and `count`, or one that leaves a side empty.
     """
     if (fraction is None) == (count is None):
-        raise ConfigError(
-            "give either `fraction` or `count`", where="holdout", got=f"fraction={fraction}, count={count}"
-        )
+        raise ConfigError("give either `fraction` or `count`", where="holdout", got=(fraction, count))
     wanted = count if count is not None else round((fraction or 0.0) * len(records))
     if not 0 < wanted < len(records):
-        got = f"{wanted} of {len(records)} records"
-        raise ConfigError("the split leaves one side empty", where="holdout", got=got, expected="records on both sides")
+        raise ConfigError(f"holding out {wanted} of {len(records)} records leaves one side empty", where="holdout")
     groups: dict[str, list[int]] = {}
     for index, record in enumerate(records):
         groups.setdefault(repr(record.prompt), []).append(index)
@@ -214,7 +211,6 @@ def split_holdout(
         if len(held_out) + len(group) <= wanted:
             held_out.update(group)
     if not held_out:
-        got = f"{len(records)} records of {len(groups)} prompts"
-        raise ConfigError("no prompt has few enough records to be held out", where="holdout", got=got)
+        raise ConfigError(f"each of the {len(groups)} prompts has more than {wanted} records", where="holdout")
     train = [record for index, record in enumerate(records) if index not in held_out]
     return train, [records[index] for index in sorted(held_out)]

@@ -1,4 +1,4 @@
-"""From a file's columns to ours: renaming, columns derived by Jinja templates and expressions, texts wrapped into chat."""
+"""From a file's columns to ours: renaming, columns derived by Jinja, texts wrapped into chat messages."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from rlhf.data.mapping import field_of, read_completion_field, read_prompt_field
@@ -80,7 +80,7 @@ def _read_numbers(values: Values, name: str, length: int) -> tuple[float, ...] |
     if not isinstance(numbers, list | tuple):
         raise DataError(f"{name}: is no list", got=numbers, expected=f"{length} numbers, one per completion")
     if len(numbers) != length:
-        raise DataError(f"{name}: wrong length", got=f"{len(numbers)} {name}", expected=f"{length}, one per completion")
+        raise DataError(f"{name}: wrong length", got=len(numbers), expected=f"{length}, one per completion")
     for index, number in enumerate(numbers):
         check_number(number, f"{name}[{index}]")
     return tuple(float(number) for number in numbers)
@@ -104,13 +104,13 @@ def _check_agreement(ranks: Sequence[int], scores: Sequence[float] | None) -> No
         return
     best_first = sorted(range(len(ranks)), key=lambda index: (ranks[index], -scores[index]))
     lowest = float("inf")
-    for previous, index in zip(best_first, best_first[1:], strict=False):
+    for previous, index in pairwise(best_first):
         if ranks[index] > ranks[previous]:
             lowest = min(lowest, scores[previous])
         if scores[index] > lowest:
             raise DataError(
                 f"ranks: completion {index} has a worse rank but a higher score than one before it",
-                got=f"ranks {list(ranks)}, scores {list(scores)}",
+                got={"ranks": list(ranks), "scores": list(scores)},
                 expected="rank 0 for the highest score",
                 remedy="Set `order: scores` to trust the scores, or leave the scores unmapped.",
             )
@@ -144,7 +144,8 @@ def _split_pair(values: Values, data: DataConfig) -> tuple[Text, Text, Text]:
     if is_chat(chosen) and is_chat(rejected):
         length = _shared_messages(chosen, rejected)
         return read_prompt_field(chosen[:length], data), chosen[length:], rejected[length:]
-    assert isinstance(chosen, str) and isinstance(rejected, str)
+    assert not is_chat(chosen)
+    assert not is_chat(rejected)
     length = _shared_text(chosen, rejected)
     prompt = read_prompt_field(chosen[:length], data)
     return (
@@ -185,7 +186,8 @@ def _shared_text(chosen: str, rejected: str) -> int:
     Where two dialogues part before their last turn, the prompt ends where they part, and the completions run over
     several turns.
     """
-    shared = os.path.commonprefix([chosen, rejected])
+    length = next((index for index, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), None)
+    shared = chosen[: min(len(chosen), len(rejected)) if length is None else length]
     marker = shared.rfind(ASSISTANT_MARKER)
     if marker >= 0:
         return marker + len(ASSISTANT_MARKER)
@@ -194,7 +196,7 @@ def _shared_text(chosen: str, rejected: str) -> int:
     if length <= 0 or not shared[:length].strip():
         raise DataError(
             "prompt: is missing, and chosen and rejected do not begin alike",
-            got=f"{chosen[:60]!r} and {rejected[:60]!r}",
+            got=(chosen[:60], rejected[:60]),
             expected="a prompt, or two dialogues that share their beginning",
         )
     return length

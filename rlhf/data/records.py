@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeGuard
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+from typing_extensions import TypeIs
 
 from rlhf.errors import DataError
 
@@ -115,7 +118,7 @@ class Ranking:
 # --- texts --------------------------------------------------------------------------------------------------------
 
 
-def is_chat(text: Text) -> TypeGuard[list[Message]]:
+def is_chat(text: Text) -> TypeIs[list[Message]]:
     """Return True for a list of chat messages, False for a string."""
     return not isinstance(text, str)
 
@@ -196,9 +199,8 @@ def _check_same_kind(prompt: Text, completion: Text, name: str) -> None:
     if is_chat(prompt) != is_chat(completion):
         kinds = {True: "chat messages", False: "a string"}
         raise DataError(
-            f"{name}: prompt and completion are of different kinds",
-            got=kinds[is_chat(completion)],
-            expected=f"{kinds[is_chat(prompt)]}, as the prompt is",
+            f"{name}: is {kinds[is_chat(completion)]}, but the prompt is {kinds[is_chat(prompt)]}",
+            expected="two texts of one kind",
             remedy="`chat: true` in the data settings wraps strings into chat messages.",
         )
 
@@ -216,7 +218,7 @@ def check_number(value: Any, name: str) -> None:
 
 def _check_length(name: str, values: Sequence[Any], length: int) -> None:
     if len(values) != length:
-        raise DataError(f"{name}: wrong length", got=f"{len(values)} {name}", expected=f"{length}, one per completion")
+        raise DataError(f"{name}: wrong length", got=len(values), expected=f"{length}, one per completion")
 
 
 def dense_ranks(order: Sequence[float]) -> tuple[int, ...]:
@@ -254,7 +256,7 @@ def ranks_from_scores(scores: Sequence[float], *, min_gap: float = 0.0) -> tuple
         raise DataError("min_gap: is negative", got=min_gap, expected="0 or more")
     best_first = sorted(range(len(scores)), key=lambda index: -scores[index])
     ranks, rank = [0] * len(scores), 0
-    for previous, index in zip(best_first, best_first[1:], strict=False):
+    for previous, index in pairwise(best_first):
         gap = scores[previous] - scores[index]
         rank += gap > 0 and gap >= min_gap
         ranks[index] = rank

@@ -11,10 +11,11 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -28,9 +29,9 @@ class DataConfig(Config):
     """Where rows come from and how they become records."""
 
     path: str
-    """A file (.jsonl, .json, .csv, .parquet; each but the last also as .gz), a folder written by `save_to_disk`, or a hub id."""
+    """A file (.jsonl, .json, .csv, also with .gz; .parquet), a folder written by `save_to_disk`, or a hub id."""
     format: Format = "auto"
-    """Read from the path's ending when auto. `text` makes every piece of a plain text file a row with the field `text`."""
+    """Told by the path's ending when auto. `text` makes every piece of a plain text file a row `{text}`."""
     split: str = "train"
     """Which split of a `datasets` folder or hub set; files have none."""
     name: str | None = None
@@ -131,15 +132,10 @@ def _file_format(path: Path) -> Format:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
 def _read_bytes(path: Path) -> bytes:
     try:
-        with _open_bytes(path) as file:
-            return file.read()
-    except (OSError, EOFError) as error:
+        return gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", where=str(path)) from error
 
 
@@ -277,7 +273,7 @@ def _read_csv(path: Path, data: DataConfig) -> Iterator[Row]:
 
 
 def _read_text_pieces(path: Path, data: DataConfig) -> Iterator[Row]:
-    """Pieces stripped of surrounding space. An empty piece is a bad row between lines, mere layout between longer separators."""
+    """Pieces are stripped. An empty line among lines is a bad row; around longer separators it is mere layout."""
     if not data.separator:
         raise DataError("separator: is empty", where=str(path), remedy='Give what separates pieces, such as "\\n".')
     text = _read_all(path).replace("\r\n", "\n").rstrip()
@@ -326,6 +322,9 @@ def _load_dataset(data: DataConfig, path: Path) -> Any:
         return dataset
     if data.split not in dataset:
         raise DataError(
-            f"there is no split {data.split!r}", where=data.path, expected=" or ".join(dataset), remedy="Set `split`."
+            f"there is no split {data.split!r}",
+            where=data.path,
+            expected=" or ".join(map(str, dataset)),
+            remedy="Set `split`.",
         )
     return dataset[data.split]

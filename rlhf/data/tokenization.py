@@ -55,9 +55,8 @@ def encode_prompt(
     ids = _encode_chat_prompt(tokenizer, prompt, where) if is_chat(prompt) else _encode_string_prompt(tokenizer, prompt)
     if max_length is not None and len(ids) > max_length:
         raise DataError(
-            f"the prompt {_preview(prompt)} is too long",
+            f"the prompt {_preview(prompt)} has {len(ids)} tokens",
             where=where,
-            got=f"{len(ids)} tokens",
             expected=f"at most {max_length}",
             remedy="Raise the prompt length, or take such prompts out of the data; nothing is cut silently.",
         )
@@ -111,7 +110,7 @@ def _render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], 
     return _render(tokenizer, messages, where, add_generation_prompt=True)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None, **settings: bool) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None, **settings: Any) -> str:
     import jinja2
 
     if not tokenizer.chat_template:
@@ -123,10 +122,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise DataError(
-            f"the chat template refuses this conversation: {error}", where=where, got=f"roles {roles}"
-        ) from error
+        roles = [message.get("role") for message in messages]
+        raise DataError(f"the chat template refuses this conversation: {error}", where=where, got=roles) from error
 
 
 # --- completions --------------------------------------------------------------------------------------------------
@@ -163,7 +160,7 @@ def encode_completion(
         return _encode_chat_completion(tokenizer, prompt, completion, add_end, where)
     if is_chat(completion):
         raise DataError("a string prompt cannot be continued by chat messages", where=where, remedy="Set `chat: true`.")
-    end = tokenizer.eos_token_id
+    end: Any = tokenizer.eos_token_id  # typed for tokenizers with lists of special tokens
     if add_end and end is None:
         raise _no_end_token(tokenizer)
     ids = _continuation_ids(tokenizer, completion)
@@ -177,14 +174,14 @@ def encode_completion(
 def _encode_chat_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Message], completion: Text, add_end: bool, where: str | None
 ) -> list[int]:
-    answers: list[Message] = completion if is_chat(completion) else [{"role": "assistant", "content": str(completion)}]
+    answers: list[Message] = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
     prompt_text = _render_prompt(tokenizer, prompt, where)
     whole_text = _render(tokenizer, _join(prompt, answers), where)
     if not whole_text.startswith(prompt_text):
         raise ModelError(
             "the chat template prints the prompt differently once an answer follows it",
             where=where,
-            got=f"prompt ending {prompt_text[-60:]!r}, conversation {whole_text[-120:]!r}",
+            got=(prompt_text[-60:], whole_text[-100:]),
             remedy="Give the tokenizer a template whose generation prompt is the beginning of the assistant's turn.",
         )
     prompt_ids, whole_ids = _plain_ids(tokenizer, prompt_text), _plain_ids(tokenizer, whole_text)
@@ -217,7 +214,8 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     generator has to stop at either.
     """
     turn_end = _traits(tokenizer).turn_end
-    ends = [token for token in (tokenizer.eos_token_id, turn_end) if token is not None]
+    eos: Any = tokenizer.eos_token_id
+    ends: list[int] = [token for token in (eos, turn_end) if token is not None]
     return list(dict.fromkeys(ends))
 
 
