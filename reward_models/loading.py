@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.model import RewardModel, score_head
+from rlhf.data.tokenization import end_token_ids
 from rlhf.errors import ModelError
 from rlhf.lm.loading import DTYPES, LoraSettings, ModelConfig, load_causal_lm
 
@@ -21,7 +22,9 @@ logger = logging.getLogger(__name__)
 PAD_TOKEN = "<|pad|>"
 
 
-def make_reward_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> RewardModel:
+def make_reward_model(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, context_factor: float = 1.0
+) -> RewardModel:
     """Make a reward model from a causal language model (or a fresh small config), or reopen a reward model.
 
     On a causal model's body sits a new head, N(0, 1/sqrt(h + 1)) without bias (Stiennon et al. 2020,
@@ -32,9 +35,11 @@ def make_reward_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *,
             head are trained and everything else is frozen.
         tokenizer: From `prepare_tokenizer`; its pad id goes into the config, and the embedding grows if it must.
         seed: Of the new head, and of all weights of a fresh model.
+        context_factor: Lengthens the context so many times (see `extend_context`); 1 leaves it.
 
     Raises:
-        ModelError: There is no such model, or it has no sequence-classification form with a linear `score` head.
+        ModelError: There is no such model, it has no sequence-classification form with a linear `score` head, or
+            its positions cannot be interpolated.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a fresh body and fresh adapters; the head has its own generator
@@ -43,6 +48,8 @@ def make_reward_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *,
         else:
             classifier = _put_head_on_body(model, tokenizer, seed=seed)
         _configure(classifier, tokenizer)
+        if context_factor != 1.0:
+            extend_context(classifier, context_factor)
         trained = _add_lora(classifier, model.lora) if model.lora is not None else classifier
     if model.gradient_checkpointing:
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -121,6 +128,31 @@ def new_head(width: int, *, seed: int) -> nn.Linear:
     return head
 
 
+def extend_context(model: PreTrainedModel, factor: float) -> None:
+    """Lengthen a model's context by interpolating its rotary positions, in place; training must follow.
+
+    Position p is encoded as p / factor, so `factor` times as many positions lie in the range the model knows. The
+    config says so in transformers' own terms (`rope_type: linear`), so the saved folder opens with it.
+    Source: Chen et al. 2023, "Extending context window of large language models via positional interpolation"
+    (arXiv 2306.15595).
+
+    Raises:
+        ModelError: The model has no rotary positions, or they are scaled already.
+    """
+    config, body = model.config, getattr(model, model.base_model_prefix)
+    rope = getattr(config, "rope_parameters", None)
+    if not hasattr(body, "rotary_emb") or not isinstance(rope, dict) or rope.get("rope_type") != "default":
+        raise ModelError(
+            "the context can only be extended where plain rotary positions are used",
+            where="context_factor",
+            got=f"{config.model_type} with {rope}",
+            remedy="Leave context_factor at 1, or take a model with a longer context.",
+        )
+    config.rope_parameters = {**rope, "rope_type": "linear", "factor": float(factor)}
+    config.max_position_embeddings = int(config.max_position_embeddings * factor)
+    body.rotary_emb = type(body.rotary_emb)(config).to(model.device)
+
+
 def _configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Switch dropout off, fit the embedding to the tokenizer, and write what transformers must know."""
     for module in model.modules():
@@ -178,7 +210,11 @@ def prepare_tokenizer(
             "the tokenizer has no end token, which every scored text ends in",
             remedy="Set tokenizer.eos_token and save the tokenizer into the model's folder.",
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    tokenizer.padding_side = "right"
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    ends = end_token_ids(tokenizer)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         unknown = tokenizer.unk_token
         reusable = unknown is not None and tokenizer.unk_token_id not in (
             tokenizer.eos_token_id,
@@ -187,7 +223,4 @@ def prepare_tokenizer(
         former = tokenizer.pad_token
         tokenizer.add_special_tokens({"pad_token": unknown if reusable else PAD_TOKEN})
         logger.info("reward model's tokenizer: pad token %r -> %r", former, tokenizer.pad_token)
-    tokenizer.padding_side = "right"
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
     return tokenizer

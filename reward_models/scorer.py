@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_models.collation import encode_candidate
 from reward_models.evaluation import score_sequences
 from reward_models.loading import open_classifier, prepare_tokenizer
 from reward_models.model import RewardModel
+from reward_models.trainer import RankingTrainer
 from rlhf.data.records import Text
 from rlhf.errors import ModelError, RewardError
 from rlhf.lm.loading import DTYPES
@@ -57,6 +59,29 @@ class RewardModelScorer:
         self.std = std
         self.batch_tokens = batch_tokens
         self.__name__ = "reward_model"  # reward functions are logged by their name
+
+    @classmethod
+    def from_trainer(cls, trainer: RankingTrainer, *, normalize: bool = True, batch_tokens: int = 16_384) -> Self:
+        """Make the scorer of a trained model, with the limits it was trained under.
+
+        Args:
+            trainer: After training.
+            normalize: Give scores mean 0 and standard deviation 1 over the candidates it was trained on. Before RL,
+                `normalize_on` samples of the model that RL starts from.
+            batch_tokens: Tokens, padding included, in one forward.
+        """
+        scorer = cls(
+            trainer.reward_model,
+            trainer.tokenizer,
+            max_length=trainer.max_length,
+            truncate=trainer.settings.overlong == "truncate",
+            batch_tokens=batch_tokens,
+        )
+        if normalize:
+            sequences = [ids for ranking in trainer.rankings for ids in ranking.sequences]
+            raw = score_sequences(scorer.model, sequences, pad_id=trainer.pad_id, batch_tokens=batch_tokens)
+            scorer._normalize(raw, unit_variance=True)
+        return scorer
 
     @classmethod
     def from_pretrained(
@@ -148,7 +173,10 @@ class RewardModelScorer:
         Raises:
             RewardError: All raw scores are equal, so that nothing can be scaled.
         """
-        raw = torch.tensor(self.raw_scores(prompts, completions), dtype=torch.float64)
+        return self._normalize(torch.tensor(self.raw_scores(prompts, completions)), unit_variance=unit_variance)
+
+    def _normalize(self, raw: Tensor, *, unit_variance: bool) -> tuple[float, float]:
+        raw = raw.double()
         if unit_variance and (len(raw) < 2 or raw.std(correction=0) < 1e-8):
             raise RewardError(
                 "all reference completions score the same, so their scores have no scale",

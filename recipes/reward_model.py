@@ -1,0 +1,92 @@
+"""Train a reward model from K-way rankings: your own file, or a procedural task as shipped."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from reward_models.loading import make_reward_model, prepare_tokenizer
+from reward_models.procedural import rank_random_answers
+from reward_models.recording import optimize_reward_model
+from reward_models.scorer import RewardModelScorer
+from reward_models.settings import RewardModelConfig
+from reward_models.trainer import make_trainer
+from rlhf.cli import launch
+from rlhf.config import Config
+from rlhf.data.loading import load_rankings, split_holdout
+from rlhf.data.records import Ranking
+from rlhf.data.sources import DataConfig
+from rlhf.lm.loading import ModelConfig, character_tokenizer, load_tokenizer
+from rlhf.lm.tasks import TaskConfig, make_task
+from rlhf.training.run import Run
+from rlhf.training.run_config import RunConfig
+
+
+class RewardModelRunConfig(Config):
+    """A base model, rankings, and how to learn from them."""
+
+    model: ModelConfig
+    data: DataConfig | None = None
+    """Rankings from a file, folder or hub set; null ranks random answers to `task` by its gold scorer."""
+    task: TaskConfig | None = None
+    """A procedural task instead of data."""
+    num_candidates: int = Field(4, ge=2)
+    """Answers ranked per prompt of `task`."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the rankings of `data` to evaluate on; the split does not depend on the run's seed."""
+    chat_template: str | None = None
+    """Jinja template for chat messages where the tokenizer has none, or to replace its own; saved with the model."""
+    context_factor: float = Field(1.0, ge=1)
+    """Lengthens the context so many times by interpolating rotary positions (see `extend_context`)."""
+    training: RewardModelConfig = RewardModelConfig()
+    normalize: bool = True
+    """Give scores mean 0 and standard deviation 1 on the training completions, as RL wants them."""
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.data is None) == (self.task is None):
+            raise ValueError("set exactly one of `data` (rankings) and `task` (a procedural one)")
+        return self
+
+
+def load(config: RewardModelRunConfig) -> tuple[list[Ranking], list[Ranking], PreTrainedTokenizerBase]:
+    """Return rankings to learn from, rankings held out, and the base model's tokenizer."""
+    if config.data is not None:
+        rankings, held_out = split_holdout(load_rankings(config.data), fraction=config.held_out)
+        return rankings, held_out, load_tokenizer(config.model)
+    task = make_task(config.task or TaskConfig(name="vowel_words"))
+    rankings = rank_random_answers(task, task.prompts, num_candidates=config.num_candidates, seed=0)
+    held_out = rank_random_answers(task, task.held_out_prompts, num_candidates=config.num_candidates, seed=1)
+    tokenizer = character_tokenizer(task.alphabet) if config.model.config else load_tokenizer(config.model)
+    return rankings, held_out, tokenizer
+
+
+def main(config: RewardModelRunConfig) -> dict[str, float]:
+    """Train, evaluate on held-out rankings, save the folder `<run directory>/reward_model`."""
+    rankings, held_out, tokenizer = load(config)
+    tokenizer = prepare_tokenizer(tokenizer, chat_template=config.chat_template)
+    seed = config.run.seed
+    model = make_reward_model(config.model, tokenizer, seed=seed, context_factor=config.context_factor)
+    trainer = make_trainer(model, tokenizer, rankings, held_out=held_out, settings=config.training, seed=seed)
+    run = Run(
+        config.run,
+        resolved=config,
+        iterations=trainer.optimizer_steps,
+        accelerator=trainer.accelerator,
+        recipe="reward_model",
+    )
+    metrics = optimize_reward_model(trainer, run)
+    if trainer.accelerator.is_main_process:
+        scorer = RewardModelScorer.from_trainer(trainer, normalize=config.normalize)
+        scorer.save_pretrained(run.directory / "reward_model")
+        run.say(f"saved to {run.directory / 'reward_model'}")
+    return metrics
+
+
+CONFIG = RewardModelRunConfig
+
+if __name__ == "__main__":
+    launch(__file__)
