@@ -24,7 +24,8 @@ def estimate(
     """Assign credit to every action of a rollout.
 
     Folds an in-reward KL penalty into the rewards, computes advantages and returns, and standardizes advantages over
-    the whole rollout where the algorithm says so. Nothing crosses processes except through `reduce`.
+    the whole rollout where the algorithm says so. Nothing crosses processes except through `reduce`. The rollout's
+    masked steps may hold anything, NaN included; the experience's hold 0.
 
     Args:
         rollout: What a collector saw.
@@ -39,10 +40,11 @@ def estimate(
         ConfigError: The rollout lacks what the algorithm needs (values, reference, groups, sampling log-probs).
     """
     _require(rollout, algorithm)
-    rewards = torch.where(rollout.action_mask, rollout.rewards, 0.0)
+    rollout = _blank_masked(rollout)
+    rewards = rollout.rewards
     if isinstance(algorithm.kl, KlInReward):
         penalty = kl_estimate(rollout.old_log_probs, rollout.ref_log_probs, estimator=algorithm.kl.estimator)
-        rewards = torch.where(rollout.action_mask, rewards - kl_coef * penalty, 0.0)
+        rewards = rewards - kl_coef * penalty
     advantages, returns = _advantages(rollout, rewards, algorithm, reduce)
     experience = Experience(
         inputs=rollout.inputs,
@@ -68,6 +70,17 @@ def standardize_advantages(experience: Experience, *, reduce: Reduce = identity)
         reduce: Sums a tensor over all processes.
     """
     return replace(experience, advantages=standardize(experience.advantages, experience.action_mask, reduce=reduce))
+
+
+def _blank_masked(rollout: Rollout) -> Rollout:
+    """Put 0 wherever the mask is False.
+
+    Done once here, because in a loss it would be too late: where a masked NaN meets the policy's output, 0 * NaN is
+    NaN in the gradient, although the loss itself leaves it out.
+    """
+    names = ("rewards", "old_log_probs", "values", "next_values", "ref_log_probs", "sampling_log_probs")
+    given = {name: getattr(rollout, name) for name in names if getattr(rollout, name) is not None}
+    return replace(rollout, **{name: torch.where(rollout.action_mask, value, 0.0) for name, value in given.items()})
 
 
 def _advantages(

@@ -26,7 +26,7 @@ from rlhf.core.masking import masked_sum
 from rlhf.core.ratios import importance_ratio
 from rlhf.core.types import Experience, PolicyOutput
 from rlhf.core.values import clipped_value_loss, squared_value_loss
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, ModelError
 
 SurrogateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(ratio, log_probs, advantages), each [B, T] -> gain [B, T]; a researcher's own surrogate."""
@@ -94,7 +94,12 @@ class Objective:
 
         Returns:
             Sums; only `policy` and `value` carry gradients.
+
+        Raises:
+            ModelError: The output's shapes are not those of the actions.
+            ConfigError: The algorithm trains a critic that the policy lacks.
         """
+        _check_shapes(output, experience)
         mask, old_log_probs = experience.action_mask, experience.old_log_probs
         ratio = importance_ratio(output.log_probs, old_log_probs, mask, level=self.algorithm.ratio)
         gain = self._gain(ratio, output.log_probs, experience.advantages, clip_scale)
@@ -137,6 +142,8 @@ class Objective:
         """[B, T] of the in-loss term: KL(policy || reference), or KL(old || policy)."""
         kl = self.algorithm.kl
         assert isinstance(kl, KlInLoss)
+        # Log-probs of masked tokens may lie so far from 0 that exp overflows, and 0 * inf is NaN in the gradient.
+        log_probs = torch.where(experience.action_mask, log_probs, 0.0)
         if kl.against == "old_policy":
             # The actions were drawn from the old policy, so it takes the place of pi in the estimator.
             return kl_estimate(experience.old_log_probs, log_probs, estimator=kl.estimator)
@@ -198,8 +205,25 @@ class Objective:
             case Clipped(clip_low=low, clip_high=high) | DualClipped(clip_low=low, clip_high=high):
                 too_high = (ratio > 1 + high * clip_scale) & (advantages > 0)
                 too_low = (ratio < 1 - low * clip_scale) & (advantages < 0)
-                return (too_high | too_low).to(ratio.dtype)
+                silenced = too_high | too_low
+                if isinstance(self.algorithm.surrogate, DualClipped):
+                    silenced |= (ratio > self.algorithm.surrogate.bound) & (advantages < 0)
+                return silenced.to(ratio.dtype)
             case ClippedWeight(clip_high=high):
                 return (ratio > 1 + high * clip_scale).to(ratio.dtype)
             case _:
                 return torch.zeros_like(ratio)
+
+
+def _check_shapes(output: PolicyOutput, experience: Experience) -> None:
+    """Refuse an output that would broadcast, such as values [B, T, 1]: it would train on every pair of steps."""
+    expected = experience.action_mask.shape
+    for name, tensor in output._asdict().items():
+        if tensor is not None and tensor.shape != expected:
+            raise ModelError(
+                f"the policy's {name} do not fit the actions",
+                where=f"PolicyOutput.{name}",
+                got=tuple(tensor.shape),
+                expected=f"{tuple(expected)}, one per action",
+                remedy="Squeeze the last dimension of a value head; give one number per action.",
+            )

@@ -143,7 +143,9 @@ def test_another_type_replaces_the_whole_group():
 def test_a_part_can_be_taken_away_and_added():
     without = choose({"preset": "a2c", "advantages": {"type": "rewards_to_go"}, "value_loss": None})
     assert without.value_loss is None
-    with_critic = choose({"preset": "reinforce", "advantages": {"baseline": "value"}, "value_loss": {"type": "squared"}})
+    with_critic = choose(
+        {"preset": "reinforce", "advantages": {"baseline": "value"}, "value_loss": {"type": "squared"}}
+    )
     assert with_critic.value_loss.type == "squared"
 
 

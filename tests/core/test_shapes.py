@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 PROGRAM = textwrap.dedent(
-    '''
+    """
     from jaxtyping import TypeCheckError, install_import_hook
 
     names = "advantages aggregation corrections kl masking ratios surrogates values".split()
@@ -109,7 +109,7 @@ PROGRAM = textwrap.dedent(
         objective = Objective(algorithm)
         objective.loss(objective(PolicyOutput(y, z, x), experience, kl_coef=0.1), objective.denominators(mask))
     print(len(right), len(wrong), "checked")
-    '''
+    """
 )
 
 
