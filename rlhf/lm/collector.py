@@ -36,7 +36,7 @@ from rlhf.lm.rollout_metrics import (
     uniform_groups,
 )
 from rlhf.lm.samples import Samples, concatenate_samples, sample_completions, score_samples, select_samples
-from rlhf.rewards.base import RewardFunction
+from rlhf.rewards.protocol import RewardFunction
 from rlhf.rewards.shaping import missing_end_penalty, soft_overlong
 from rlhf.training.distributed import gather_stack
 
@@ -52,10 +52,12 @@ class Judged:
     """[R] float32 on the CPU."""
     rewards: Tensor
     """[R] float32 on the CPU, after shaping."""
+    reported: dict[str, float]
+    """What the reward function said about itself."""
 
     def select(self, rows: Tensor) -> Judged:
         """The rows at integer indices [n]."""
-        return Judged(select_samples(self.samples, rows.tolist()), self.scores[rows], self.rewards[rows])
+        return Judged(select_samples(self.samples, rows.tolist()), self.scores[rows], self.rewards[rows], self.reported)
 
 
 class PromptCollector:
@@ -80,6 +82,9 @@ class PromptCollector:
         DataError: Prompts that are too long, or that the chat template refuses.
         ModelError: The tokenizer lacks a pad or an end token.
     """
+
+    replicated = True
+    """A checkpoint needs the state of one process only."""
 
     def __init__(
         self,
@@ -152,11 +157,11 @@ class PromptCollector:
         judged = _concatenate(rounds, pad_id=_pad_id(self.tokenizer))
         statistics = score_statistics(judged.samples, judged.scores, group_size=group_size)
         if dynamic is None:
-            return judged, gather_metrics(statistics, accelerator=self.accelerator)
+            return judged, judged.reported | gather_metrics(statistics, accelerator=self.accelerator)
         groups, missing = telling_groups(judged.rewards, group_size=group_size, quota=self._quota)
         share = torch.tensor([missing / self._quota])
         statistics["uniform_groups_kept_fraction"] = ("mean", share, torch.ones_like(share, dtype=torch.bool))
-        metrics = gather_metrics(statistics, accelerator=self.accelerator)
+        metrics = judged.reported | gather_metrics(statistics, accelerator=self.accelerator)
         metrics["rollout/rounds"] = float(len(rounds))
         self._report_shortfall(metrics["rollout/uniform_groups_kept_fraction"])
         rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
@@ -171,15 +176,15 @@ class PromptCollector:
             sampling=self.config.sampling,
             group_size=self.config.group_size,
             prompts_per_batch=self.config.generation_prompts,
-            device=self._device,
+            device=self.device,
             random=random,
         )
-        scores = score_samples(self.reward, samples).cpu()
+        scores, reported = score_samples(self.reward, samples)
         limit = self.config.sampling.max_completion_length
         rewards = shape_scores(
             scores, self.config.shaping, ended=samples.ended.cpu(), lengths=samples.lengths.cpu(), limit=limit
         )
-        return Judged(samples, scores, rewards)
+        return Judged(samples, scores, rewards, reported)
 
     def _lacks_groups(self, rounds: Sequence[Judged]) -> bool:
         """Whether any process still has fewer telling groups than its share: all must go through the same rounds."""
@@ -197,7 +202,7 @@ class PromptCollector:
             raise TrainingError(
                 what,
                 where=f"iteration {self._iteration}, dynamic sampling",
-                remedy="Raise max_rounds, take prompts that are neither solved nor hopeless, or set on_shortfall: fill.",
+                remedy="Raise max_rounds, take prompts neither solved nor hopeless, or set on_shortfall: fill.",
             )
         logger.warning("Iteration %d: %s; they teach nothing.", self._iteration, what)
 
@@ -251,7 +256,8 @@ class PromptCollector:
         return nullcontext() if self.accelerator is None else self.accelerator.autocast()
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the policy is."""
         return next(self.policy.parameters()).device
 
 
@@ -326,7 +332,12 @@ def _concatenate(rounds: Sequence[Judged], *, pad_id: int) -> Judged:
         samples=concatenate_samples([judged.samples for judged in rounds], pad_id=pad_id),
         scores=torch.cat([judged.scores for judged in rounds]),
         rewards=torch.cat([judged.rewards for judged in rounds]),
+        reported={name: _mean([judged.reported[name] for judged in rounds]) for name in rounds[0].reported},
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

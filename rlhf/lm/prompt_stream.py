@@ -33,7 +33,8 @@ class PromptStream:
 
     def __init__(self, count: int, *, batch: int, process: int = 0, processes: int = 1, seed: int = 0) -> None:
         """Stand before the first prompt."""
-        assert count >= 1 and batch % processes == 0, "checked by the collector's config"
+        assert count >= 1
+        assert batch % processes == 0
         self._count, self._batch, self._seed = count, batch, seed
         self._share, self._first = batch // processes, process * (batch // processes)
         self._drawn = 0

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf.lm.samples import Samples, completion_text
+from rlhf.lm.samples import Samples
+from rlhf.rewards.protocol import text_of
 from rlhf.training.distributed import gather_stack
 
 Statistics = dict[str, tuple[str, Tensor, Tensor]]
@@ -132,7 +133,7 @@ def readable_samples(samples: Samples, *, scores: Tensor, rewards: Tensor, count
     return [
         {
             "prompt": samples.prompts[row].prompt,
-            "completion": completion_text(samples.completions[row]),
+            "completion": text_of(samples.completions[row]),
             "score": round(float(scores[row]), 6),
             "reward": round(float(rewards[row]), 6),
             "length": int(lengths[row]),

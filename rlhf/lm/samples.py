@@ -15,7 +15,8 @@ from rlhf.data.records import Prompt, Text
 from rlhf.data.tokenization import decode_completion, encode_prompts
 from rlhf.lm.generation import Generator
 from rlhf.lm.sampling import SamplingConfig
-from rlhf.rewards.base import RewardFunction, score_completions
+from rlhf.rewards.combination import CombinedReward
+from rlhf.rewards.protocol import RewardFunction, RewardLog, score_completions
 
 
 @dataclass(frozen=True)
@@ -136,42 +137,34 @@ def as_completion(prompt: Text, text: str) -> Text:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def completion_text(completion: Text) -> str:
-    """The plain text of a completion.
-
-    >>> completion_text([{"role": "assistant", "content": "hello"}])
-    'hello'
-    """
-    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
-
-
-def score_samples(reward: RewardFunction, samples: Samples) -> Tensor:
+def score_samples(reward: RewardFunction, samples: Samples) -> tuple[Tensor, dict[str, float]]:
     """Ask a reward function for one score a completion.
 
     Args:
-        reward: Sees decoded text and the prompts' other columns by name.
+        reward: Sees decoded text, token ids, and the prompts' other columns by name.
         samples: R completions.
 
     Returns:
-        [R] float32, on the CPU.
+        [R] float32 on the CPU, and what the reward function reported about itself, as `reward/<name>` -> mean.
 
     Raises:
         RewardError: It raised, returned a wrong number of scores, or something that is no number.
     """
     names = sorted({name for prompt in samples.prompts for name in prompt.columns})
     columns: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt in samples.prompts] for name in names}
-    return score_completions(
+    log = RewardLog()
+    scores = score_completions(
         reward,
         prompts=[prompt.prompt for prompt in samples.prompts],
         completions=samples.completions,
         columns=columns,
-        name=reward_name(reward),
+        completion_ids=[
+            ids[: int(length)] for ids, length in zip(samples.completion_ids.tolist(), samples.lengths, strict=True)
+        ],
+        log=log,
     )
-
-
-def reward_name(reward: RewardFunction) -> str:
-    """A name for messages: the function's own, or its class's."""
-    return getattr(reward, "__name__", type(reward).__name__)
+    reported = {f"reward/{name}": sum(values) / len(values) for name, values in log.metrics.items()}
+    return scores, reported | (reward.metrics() if isinstance(reward, CombinedReward) else {})
 
 
 def concatenate_samples(parts: Sequence[Samples], *, pad_id: int) -> Samples:

@@ -13,18 +13,22 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from rlhf.config import Config
 from rlhf.data.records import Demonstration
 from rlhf.data.tokenization import encode_completion, encode_prompt, require_special_tokens
 from rlhf.errors import ConfigError, DataError, TrainingError
+from rlhf.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ class SftConfig(Config):
     batch_size: int = Field(32, ge=1)
     """Demonstrations (packed rows with `packing`) per optimizer step, over all processes."""
     microbatch_size: int | None = Field(None, ge=1)
-    """Most rows in one forward of one process; None is the whole share of the process. Changes memory, not gradients."""
+    """Most rows in one forward of one process; None takes its whole share. Changes memory, not gradients."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of prompt and completion together; the length of a packed row."""
     too_long: Literal["error", "drop"] = "error"
@@ -67,12 +71,6 @@ class SftConfig(Config):
     """Mixed precision; auto is bfloat16 on a GPU that has it, else float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
-    log_every: int = Field(10, ge=1)
-    """Optimizer steps between log lines."""
-    evaluate_every: int = Field(0, ge=0)
-    """Optimizer steps between evaluations of the held-out loss; 0 evaluates at the end only."""
-    seed: int = 0
-    """Of the order of demonstrations, and of dropout where the model has it."""
 
     @model_validator(mode="after")
     def _refuse_uneven_microbatches(self) -> Self:
@@ -91,6 +89,7 @@ def train_sft(
     config: SftConfig,
     folder: str | Path,
     held_out: Sequence[Demonstration] = (),
+    seed: int = 0,
     on_log: LogFunction | None = None,
 ) -> dict[str, float]:
     """Fine-tune `model` and write it to `folder`.
@@ -102,43 +101,89 @@ def train_sft(
         config: Settings.
         folder: Where the ordinary model folder goes; `AutoModelForCausalLM.from_pretrained` opens it.
         held_out: Demonstrations for the evaluation loss.
-        on_log: Receives every log line; on the main process only.
+        seed: Of the order of demonstrations, and of dropout where the model has it.
+        on_log: Receives the metrics of every optimizer step, on the main process.
 
     Returns:
-        "loss" (mean over the run), "steps", "seconds", "examples_per_second", "learned_tokens_per_example", "dropped"
-        (demonstrations left out as too long); with held-out ones "evaluation_loss" and "evaluation_perplexity", per
-        learned token.
+        "loss" (mean over the run), "steps", "seconds", "examples_per_second", "dropped" (demonstrations left out as
+        too long); with held-out ones "evaluation_loss", "evaluation_perplexity" and "evaluation_token_accuracy", over
+        learned tokens.
 
     Raises:
         DataError: A demonstration longer than `max_length`, or none at all.
         ModelError: The tokenizer lacks a pad or an end token.
         TrainingError: The loss is not finite.
     """
-    require_special_tokens(tokenizer)
-    train_rows, dropped = tokenize_demonstrations(tokenizer, demonstrations, config=config)
-    evaluation_rows, _ = tokenize_demonstrations(tokenizer, held_out, config=config) if held_out else ([], 0)
-    trainer = _make_trainer(
-        model, tokenizer, train_rows, evaluation_rows, config=config, folder=Path(folder), on_log=on_log
-    )
+    trainer = make_sft_trainer(model, tokenizer, demonstrations, config=config, held_out=held_out, seed=seed)
+    if on_log is not None:
+        trainer.add_callback(_Tell(on_log))
     outcome = trainer.train()
-    evaluation = trainer.evaluate() if evaluation_rows else {}
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle; model folders hold safetensors only
-    learned = sum(label != IGNORED_LABEL for row in train_rows for label in row["labels"]) / len(train_rows)
-    seconds = outcome.metrics["train_runtime"]
     metrics = {
         "loss": outcome.training_loss,
         "steps": float(outcome.global_step),
-        "seconds": seconds,
+        "seconds": outcome.metrics["train_runtime"],
         "examples_per_second": outcome.metrics["train_samples_per_second"],
-        "learned_tokens_per_example": learned,
-        "dropped": float(dropped),
+        "dropped": float(trainer.dropped),
     }
-    if evaluation:
-        loss = evaluation["eval_loss"]
-        metrics |= {"evaluation_loss": loss, "evaluation_perplexity": float(torch.tensor(loss).exp())}
+    if held_out:
+        metrics |= {f"evaluation_{name}": value for name, value in evaluate_sft(trainer).items()}
+    save_sft(trainer, folder)
     return metrics
+
+
+def optimize_sft(trainer: Any, run: Run, *, judge: Callable[[], dict[str, float]] | None = None) -> dict[str, float]:
+    """Train to the end inside a run: every optimizer step is one of its iterations.
+
+    Args:
+        trainer: From `make_sft_trainer`.
+        run: With `iterations=trainer.optimizer_steps`; with `run.resume` training goes on from the last checkpoint.
+        judge: More to evaluate than the held-out loss, for instance answers of `trainer.model`.
+
+    Returns:
+        The metrics of summary.json.
+
+    Raises:
+        ConfigError: The run resumes, but the trainer has no checkpoint of that step.
+        TrainingError: The loss is not finite.
+    """
+    folder = run.directory / "checkpoints" / "trainer"
+    trainer.args.output_dir = str(folder)
+    trainer.args.save_total_limit = run.config.keep_checkpoints
+    if run.config.checkpoint_every > 0:
+        trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, run.config.checkpoint_every
+    checkpoint = folder / f"checkpoint-{run.completed}" if run.completed > 0 else None
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise ConfigError(
+            "the run has no model checkpoint of its last completed step",
+            where=str(checkpoint),
+            remedy="Start over with run.overwrite=true; run.checkpoint_every writes checkpoints on the way.",
+        )
+    run.evaluate = lambda: evaluate_sft(trainer) | (judge() if judge is not None else {})
+    trainer.add_callback(_RecordInRun(run))
+    try:
+        outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except BaseException:
+        run.stopped()
+        raise
+    return run.finish(**{"train/loss": outcome.training_loss, "dropped": trainer.dropped})
+
+
+def evaluate_sft(trainer: Any) -> dict[str, float]:
+    """Held-out "loss" in nats per learned token, "perplexity" = exp(loss), "token_accuracy"; none without such data."""
+    if trainer.eval_dataset is None:
+        return {}
+    outcome = trainer.evaluate()
+    loss = outcome["eval_loss"]
+    accuracy = outcome.get("eval_mean_token_accuracy", math.nan)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
+
+
+def save_sft(trainer: Any, folder: str | Path) -> None:
+    """Write the model and its tokenizer as an ordinary folder."""
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle; model folders hold safetensors only
+    trainer.accelerator.wait_for_everyone()
 
 
 def tokenize_demonstrations(
@@ -188,17 +233,25 @@ def tokenize_demonstrations(
     return rows, dropped
 
 
-def _make_trainer(
+def make_sft_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: list[dict[str, list[int]]],
-    evaluation_rows: list[dict[str, list[int]]],
+    demonstrations: Sequence[Demonstration],
     *,
     config: SftConfig,
-    folder: Path,
-    on_log: LogFunction | None,
+    held_out: Sequence[Demonstration] = (),
+    seed: int = 0,
 ) -> Any:
-    """TRL's trainer over rows that are tokenized already, with everything off that talks to the outside."""
+    """TRL's trainer over rows that are tokenized already, with everything off that talks to the outside.
+
+    Returns:
+        A `trl.SFTTrainer` with two more attributes: `optimizer_steps` of the whole run, and `dropped`, the number of
+        demonstrations left out as too long.
+
+    Raises:
+        DataError: A demonstration longer than `max_length`, or none at all.
+        ModelError: The tokenizer lacks a pad or an end token.
+    """
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
     from transformers.trainer_callback import PrinterCallback
@@ -213,20 +266,30 @@ def _make_trainer(
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             pass
 
+    require_special_tokens(tokenizer)
+    rows, dropped = tokenize_demonstrations(tokenizer, demonstrations, config=config)
+    held_out_rows = tokenize_demonstrations(tokenizer, held_out, config=config)[0] if held_out else []
     disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        settings = _trl_settings(config, seed=seed)
     trainer = QuietTrainer(
         model=model,
-        args=_trl_settings(config, folder=folder, with_evaluation=bool(evaluation_rows)),
+        args=settings,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(evaluation_rows) if evaluation_rows else None,
-        callbacks=[_LogCallback(on_log)],
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
+        callbacks=[_RefuseNonFinite()],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.dropped = dropped
+    batches = math.ceil(len(trainer.train_dataset) / (settings.per_device_train_batch_size * settings.world_size))
+    steps_per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+    trainer.optimizer_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
     return trainer
 
 
-def _trl_settings(config: SftConfig, *, folder: Path, with_evaluation: bool) -> Any:
+def _trl_settings(config: SftConfig, *, seed: int) -> Any:
     """Our settings in TRL's words; what TRL switches on by default is said explicitly."""
     import trl
 
@@ -244,8 +307,15 @@ def _trl_settings(config: SftConfig, *, folder: Path, with_evaluation: bool) -> 
         )
     share = config.batch_size // processes
     rows = min(config.microbatch_size or share, share)
+    if share % rows:
+        raise ConfigError(
+            "a process's share of the batch is no multiple of the microbatch",
+            where="sft.microbatch_size",
+            got=rows,
+            expected=f"a divisor of {share}",
+        )
     return trl.SFTConfig(
-        output_dir=str(folder),
+        output_dir=tempfile.gettempdir(),  # nothing is written there: checkpoints are off until a run asks for them
         use_cpu=on_cpu,
         bf16=bfloat16,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -262,47 +332,67 @@ def _trl_settings(config: SftConfig, *, folder: Path, with_evaluation: bool) -> 
         max_length=config.max_length,
         packing=config.packing,
         eval_packing=False,
-        logging_steps=config.log_every,
-        eval_strategy="steps" if with_evaluation and config.evaluate_every else "no",
-        eval_steps=config.evaluate_every or None,
+        logging_steps=1,
+        eval_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=not on_cpu,
-        seed=config.seed,
-        data_seed=config.seed,
+        seed=seed,
+        data_seed=seed,
         trust_remote_code=False,
     )
 
 
-class _LogCallback(TrainerCallback):
-    """Hands the trainer's log lines on, and stops a run whose loss is not finite."""
+class _RefuseNonFinite(TrainerCallback):
+    """Stops a run whose loss is not finite; transformers would go on and save it."""
 
-    def __init__(self, on_log: LogFunction | None) -> None:
-        self._on_log = on_log
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        logs = logs or {}
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
         for name in ("loss", "eval_loss"):
-            if name in logs and not math.isfinite(logs[name]):
+            value = (logs or {}).get(name, 0.0)
+            if not math.isfinite(value):
                 raise TrainingError(
                     f"the {name.replace('_', ' ')} is not finite",
                     where=f"sft, step {state.global_step}",
-                    got=logs[name],
+                    got=value,
                     remedy="Lower learning_rate, and check that the model was saved whole.",
                 )
-        if self._on_log is not None and state.is_world_process_zero:
-            metrics = {_NAMES[name]: float(value) for name, value in logs.items() if name in _NAMES}
-            if metrics:
-                self._on_log(state.global_step, metrics)
 
 
-_NAMES = {
-    "loss": "loss",
-    "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
-    "mean_token_accuracy": "token_accuracy",
-    "eval_loss": "evaluation_loss",
-    "eval_mean_token_accuracy": "evaluation_token_accuracy",
-}
-"""The trainer's names -> ours."""
+class _Tell(TrainerCallback):
+    """Hands every step's metrics on."""
+
+    def __init__(self, on_log: LogFunction) -> None:
+        self._on_log = on_log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
+        if logs is not None and "loss" in logs and state.is_world_process_zero:
+            self._on_log(state.global_step, _our_names(logs))
+
+
+class _RecordInRun(TrainerCallback):
+    """Makes every optimizer step one iteration of a run."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._iterations: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._iterations = self._run.iterations()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        iteration = next(self._iterations)
+        assert iteration == state.global_step + 1, "run and trainer count different steps"
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
+        if logs is not None and "loss" in logs:
+            self._run.finish_iteration(state.global_step, None, _our_names(logs))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        next(self._iterations, None)
+
+
+def _our_names(logs: dict[str, Any]) -> dict[str, float]:
+    names = {"mean_token_accuracy": "token_accuracy", "loss": "loss", "grad_norm": "grad_norm"}
+    names["learning_rate"] = "learning_rate"
+    return {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}

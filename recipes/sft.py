@@ -1,0 +1,64 @@
+"""Fine-tune a language model on demonstrations: the first stage of RLHF."""
+
+from __future__ import annotations
+
+from rlhf.cli import launch
+from rlhf.config import Config
+from rlhf.lm.actors import make_generator, pick_tokenizer
+from rlhf.lm.evaluation import EvaluationConfig, evaluate_policy
+from rlhf.lm.loading import ModelConfig, load_causal_lm
+from rlhf.lm.sampling import SamplingConfig
+from rlhf.lm.sft import SftConfig, make_sft_trainer, optimize_sft, save_sft
+from rlhf.lm.sources import RewardConfig, SourceConfig, load_demonstration_sets, load_prompt_sets, make_reward
+from rlhf.training.distributed import seed_everything
+from rlhf.training.run import Run
+from rlhf.training.run_config import RunConfig
+
+
+class SftRunConfig(Config):
+    """A run: a model, demonstrations, and how to learn from them."""
+
+    model: ModelConfig
+    demonstrations: SourceConfig
+    training: SftConfig = SftConfig()
+    reward: RewardConfig | None = None
+    """Judges answers to the held-out prompts in evaluation; null looks at the held-out loss only."""
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+
+
+def main(config: SftRunConfig) -> dict[str, float]:
+    """Train, evaluate, save the model to `<run directory>/model`."""
+    demonstrations, held_out = load_demonstration_sets(config.demonstrations)
+    prompts = load_prompt_sets(config.demonstrations)[1] if config.reward is not None else []
+    tokenizer = pick_tokenizer(config.model, config.demonstrations)
+    seed_everything(config.run.seed)  # a fresh model is drawn now
+    model = load_causal_lm(config.model, tokenizer)
+    trainer = make_sft_trainer(
+        model, tokenizer, demonstrations, config=config.training, held_out=held_out, seed=config.run.seed
+    )
+    steps, accelerator = trainer.optimizer_steps, trainer.accelerator
+    run = Run(config.run, resolved=config, iterations=steps, accelerator=accelerator, recipe="sft")
+
+    def judge() -> dict[str, float]:
+        return evaluate_policy(
+            make_generator(trainer.model, tokenizer),
+            tokenizer,
+            prompts=prompts,
+            rewards={"score": make_reward(config.reward)} if config.reward is not None else {},
+            sampling=config.sampling,
+            config=config.evaluation,
+            device=accelerator.device,
+            accelerator=accelerator,
+        )
+
+    metrics = optimize_sft(trainer, run, judge=judge if config.reward is not None else None)
+    save_sft(trainer, run.directory / "model")
+    return metrics
+
+
+CONFIG = SftRunConfig
+
+if __name__ == "__main__":
+    launch(__file__)

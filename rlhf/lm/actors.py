@@ -1,0 +1,164 @@
+"""The cast of a reinforcement-learning run: policy, critic, generator and frozen reference, made from settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf.core.algorithm import AlgorithmConfig
+from rlhf.data.tokenization import end_token_ids, require_special_tokens
+from rlhf.errors import ConfigError, ModelError
+from rlhf.lm.collector_config import CollectorConfig
+from rlhf.lm.generation import TransformersGenerator
+from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm, load_tokenizer
+from rlhf.lm.policy import LanguageModelPolicy
+from rlhf.lm.reference import FrozenReference
+from rlhf.lm.sft import SftConfig, train_sft
+from rlhf.lm.sources import SourceConfig, load_demonstration_sets
+from rlhf.training.distributed import on_main_process_first_failing
+from rlhf.training.run import Run
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Who takes part; all share one device."""
+
+    policy: LanguageModelPolicy
+    tokenizer: PreTrainedTokenizerBase
+    generator: TransformersGenerator
+    reference: FrozenReference | None
+    """None where the algorithm needs none."""
+
+    def save(self, folder: str | Path, accelerator: Accelerator) -> None:
+        """Write the policy as an ordinary model folder, on the main process."""
+        on_main_process_first_failing(accelerator, lambda: self.policy.save(folder, tokenizer=self.tokenizer))
+        accelerator.wait_for_everyone()
+
+
+def make_actors(
+    model: ModelConfig,
+    algorithm: AlgorithmConfig,
+    *,
+    temperature: float,
+    critic: str = "head",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    accelerator: Accelerator,
+) -> Actors:
+    """Load the policy and what the algorithm needs beside it.
+
+    Args:
+        model: The policy's model.
+        algorithm: Decides whether there is a critic and a reference.
+        temperature: At which completions are drawn and scored.
+        critic: `head` (on the policy's hidden states), `copy` (a second model that starts as the policy's), or the
+            folder of a reward model or language model to start from. Not read where the algorithm needs no critic.
+        tokenizer: None loads the model's own.
+        accelerator: Whose device is used.
+
+    Raises:
+        ModelError: Something cannot be loaded or lacks a pad or end token.
+    """
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+    require_special_tokens(tokenizer)
+    language_model: Any = load_causal_lm(model, tokenizer)
+    policy = LanguageModelPolicy(
+        language_model,
+        critic=_make_critic(critic, model, tokenizer) if algorithm.needs_critic else "none",
+        temperature=temperature,
+    ).to(accelerator.device)
+    generator = make_generator(language_model, tokenizer)
+    # Made before the first update: it is the policy as it is now.
+    reference = FrozenReference(policy).to(accelerator.device) if algorithm.needs_reference else None
+    return Actors(policy=policy, tokenizer=tokenizer, generator=generator, reference=reference)
+
+
+def make_generator(model: Any, tokenizer: PreTrainedTokenizerBase) -> TransformersGenerator:
+    """A generator that stops at the tokenizer's end tokens.
+
+    Raises:
+        ModelError: The tokenizer lacks a pad or an end token.
+    """
+    require_special_tokens(tokenizer)
+    assert tokenizer.pad_token_id is not None
+    return TransformersGenerator(
+        model, end_token_ids=end_token_ids(tokenizer), pad_token_id=int(tokenizer.pad_token_id)
+    )
+
+
+def pick_tokenizer(model: ModelConfig, source: SourceConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; for a fresh model and a procedural task, one token per character of the task."""
+    task = source.make_task()
+    fresh = model.config is not None and model.tokenizer is None
+    return character_tokenizer(task.alphabet) if task is not None and fresh else load_tokenizer(model)
+
+
+def prepare_start(
+    model: ModelConfig, source: SourceConfig, *, sft: SftConfig | None, folder: Path, run: Run, accelerator: Accelerator
+) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+    """The model a run starts from, and its tokenizer.
+
+    With `sft` the model is first fine-tuned on the source's demonstrations and written to `folder`, from where it is
+    loaded again. A resumed run finds it there. A fresh model for a procedural task gets a character tokenizer.
+
+    Args:
+        model: As configured.
+        source: Its task gives the alphabet, its demonstrations the fine-tuning.
+        sft: None starts from the model as it is.
+        folder: Where the fine-tuned model goes.
+        run: Its seed is the fine-tuning's, its console gets a word about it.
+        accelerator: Whose processes take part.
+
+    Returns:
+        Model settings whose `path` is the fine-tuned folder where there was fine-tuning, and the tokenizer.
+    """
+    tokenizer = pick_tokenizer(model, source)
+    if sft is None:
+        return model, tokenizer
+    if not (folder / "config.json").is_file():
+        demonstrations, held_out = load_demonstration_sets(source)
+        untrained = load_causal_lm(model.model_copy(update={"lora": None}), tokenizer)
+        seed = run.config.seed
+        metrics = train_sft(
+            untrained, tokenizer, demonstrations, config=sft, folder=folder, held_out=held_out, seed=seed
+        )
+        told = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("steps", "loss", "evaluation_loss", "seconds"))
+        run.say(f"fine-tuned on {len(demonstrations)} demonstrations: {told}")
+    accelerator.wait_for_everyone()
+    return model.model_copy(update={"path": str(folder), "config": None, "tokenizer": None}), tokenizer
+
+
+def require_groups(algorithm: AlgorithmConfig, collector: CollectorConfig) -> None:
+    """Refuse a group algorithm without groups, before anything is loaded.
+
+    Raises:
+        ConfigError: The algorithm compares completions of one prompt, and there is one only.
+    """
+    if algorithm.needs_groups and collector.group_size < 2:
+        raise ConfigError(
+            f"{algorithm.advantages.type} compares the completions of a prompt, and there is only one",
+            where="collector.group_size",
+            got=collector.group_size,
+            expected="2 or more; 8 is usual",
+        )
+
+
+def _make_critic(critic: str, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What `LanguageModelPolicy` takes as its critic."""
+    if critic == "head":
+        return "head"
+    if critic == "copy":
+        return load_causal_lm(model.model_copy(update={"lora": None}), tokenizer)
+    path = Path(critic)
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            "no such critic", where=critic, expected="head, copy, or the folder of a reward model or language model"
+        )
+    architectures = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    if architectures[0].endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
+    return load_causal_lm(ModelConfig(path=critic, dtype=model.dtype), tokenizer)

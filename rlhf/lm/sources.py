@@ -1,0 +1,107 @@
+"""Where a recipe's records and rewards come from: data files, or a procedural task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from rlhf.config import Config
+from rlhf.data.loading import DataConfig, load_demonstrations, load_prompts, split_holdout
+from rlhf.data.records import Demonstration, Prompt
+from rlhf.lm.tasks import Task, TaskConfig, make_task
+from rlhf.rewards.combination import CombinedReward, RewardPart
+from rlhf.rewards.loading import load_reward
+from rlhf.rewards.protocol import RewardFunction
+
+Record = TypeVar("Record", Prompt, Demonstration)
+
+
+class SourceConfig(Config):
+    """Records to learn from and records held out: a procedural task or data files, exactly one of them."""
+
+    task: TaskConfig | None = None
+    """A procedural task; it brings its own held-out records."""
+    data: DataConfig | None = None
+    """A file, a folder or a hub id."""
+    held_out_data: DataConfig | None = None
+    """Held-out records of their own; None takes `held_out` off `data`."""
+    held_out: int = Field(200, ge=1)
+    """How many records of `data` are held out."""
+    seed: int = 0
+    """Decides which; not the run's seed, so that runs of several seeds are evaluated on the same records."""
+
+    @model_validator(mode="after")
+    def _refuse_two_sources(self) -> Self:
+        if (self.task is None) == (self.data is None):
+            raise ValueError("give exactly one of task (a procedural task) and data (a file, folder or hub id)")
+        if self.task is not None and self.held_out_data is not None:
+            raise ValueError("a task brings its own held-out records; remove held_out_data")
+        return self
+
+    def make_task(self) -> Task | None:
+        """The procedural task, where there is one."""
+        return None if self.task is None else make_task(self.task)
+
+
+def load_prompt_sets(source: SourceConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, and those held out.
+
+    Raises:
+        DataError: The data cannot be read, or rows are bad.
+    """
+    task = source.make_task()
+    return (task.prompts, task.held_out_prompts) if task is not None else _load_split(source, load_prompts)
+
+
+def load_demonstration_sets(source: SourceConfig) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Demonstrations to train on, and those held out.
+
+    Raises:
+        DataError: The data cannot be read, or rows are bad.
+    """
+    task = source.make_task()
+    if task is not None:
+        return task.demonstrations, task.held_out_demonstrations
+    return _load_split(source, load_demonstrations)
+
+
+def _load_split(source: SourceConfig, load: Callable[[DataConfig], list[Record]]) -> tuple[list[Record], list[Record]]:
+    assert source.data is not None
+    records = load(source.data)
+    if source.held_out_data is not None:
+        return records, load(source.held_out_data)
+    return split_holdout(records, count=source.held_out, seed=source.seed)
+
+
+class RewardConfig(Config):
+    """One reward function by name."""
+
+    function: str
+    """`module:function` or `file.py:function`. A reward model: `reward_models:RewardModelScorer.from_pretrained`."""
+    arguments: dict[str, Any] = {}
+    """Settings: bound to the function, or given to the class or factory that makes it."""
+    weight: float = 1.0
+    """Factor, where several rewards are combined."""
+    role: Literal["reward", "gate", "penalty"] = "reward"
+    """Gates multiply the sum of the rewards, penalties are added outside it."""
+    name: str | None = None
+    """For the metrics; None takes the function's own."""
+
+
+def make_reward(config: RewardConfig | Sequence[RewardConfig]) -> RewardFunction:
+    """Import a reward function, or several as their combination.
+
+    Raises:
+        RewardError: One cannot be imported or made.
+    """
+    if isinstance(config, RewardConfig) and config.weight == 1.0 and config.role == "reward":
+        return load_reward(config.function, arguments=config.arguments)
+    parts = [config] if isinstance(config, RewardConfig) else config
+    return CombinedReward(
+        [
+            RewardPart(load_reward(part.function, arguments=part.arguments), part.weight, part.role, part.name)
+            for part in parts
+        ]
+    )
