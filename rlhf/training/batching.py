@@ -220,6 +220,19 @@ def _count(
     return torch.cat([torch.stack(own).double().cpu(), cuts], dim=1)
 
 
+def clear_masked(experience: Experience) -> Experience:
+    """Put 0 where actions are masked: an inf left there by a collector would give 0 x inf in the gradient."""
+    mask = experience.action_mask
+    if bool(mask.all()):
+        return experience
+    cleared = {
+        name: torch.where(mask, value, 0.0)
+        for name, value in vars(experience).items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name != "actions"
+    }
+    return replace(experience, **cleared)
+
+
 def rows_between(experience: Experience, start: int, stop: int) -> Experience:
     """Return rows start..stop as views."""
     if start == 0 and stop == len(experience):

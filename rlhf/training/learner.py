@@ -21,6 +21,7 @@ from rlhf.training.batching import (
     MicrobatchLimits,
     Minibatch,
     Shard,
+    clear_masked,
     make_shard,
     masked_filler,
     plan_epoch,
@@ -130,6 +131,8 @@ class Learner:
         facts = measure_experience(experience, reduce=self.reduce)
         if self.config.shuffle == "actions":
             experience = experience.flatten_actions()
+        else:
+            experience = clear_masked(experience)
         tally = Tally(self.objective.metric_names, minibatches=self.algorithm.minibatches)
         last = self._run_epochs(experience, tally, kl_coef=kl_coef, clip_scale=scale)
         self.updates += 1

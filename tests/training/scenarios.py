@@ -1,0 +1,74 @@
+"""What the two-process test trains: the same function makes the rows of one process of two, or of one alone."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from small_worlds import (
+    ActorCritic,
+    concatenate,
+    make_experience,
+    make_language_experience,
+    tiny_language_policy,
+    without_rows,
+)
+
+from rlhf.core.algorithm import AlgorithmConfig
+from rlhf.core.presets import ALGORITHMS
+from rlhf.training.learner import Learner
+from rlhf.training.update_config import UpdateConfig
+
+
+@dataclass(frozen=True)
+class Scenario:
+    algorithm: AlgorithmConfig
+    update: UpdateConfig
+    language: bool = False
+    rows: tuple[int, int] = (8, 8)
+
+
+def change(name, **changes):
+    return ALGORITHMS[name].model_copy(update=changes)
+
+
+SCENARIOS = {
+    "gym_ddp": Scenario(change("ppo", entropy_coef=0.01), UpdateConfig(learning_rate=1e-2)),
+    "gym_flat_actions": Scenario(
+        change("ppo"), UpdateConfig(learning_rate=1e-2, shuffle="actions", flatten_parameters=True), rows=(5, 9)
+    ),
+    # The critic exists but nothing trains it: DDP must not wait for its gradients.
+    "gym_unused_critic": Scenario(change("grpo"), UpdateConfig(learning_rate=1e-2, microbatch_rows=2), rows=(4, 7)),
+    # 3 and 11 rows: some minibatches lie wholly on one process.
+    "gym_uneven": Scenario(change("gspo", minibatches=7), UpdateConfig(learning_rate=1e-2), rows=(3, 11)),
+    "gym_early_stop": Scenario(
+        change("ppo", epochs=8, minibatches=1), UpdateConfig(learning_rate=1e-2, target_kl=0.03)
+    ),
+    "language_tokens": Scenario(
+        change("ppo_rlhf", minibatches=2), UpdateConfig(learning_rate=1e-2, microbatch_tokens=20), True, (5, 7)
+    ),
+    "language_flat": Scenario(
+        change("grpo", epochs=2),
+        UpdateConfig(learning_rate=1e-2, microbatch_rows=3, flatten_parameters=True),
+        True,
+        (5, 7),
+    ),
+}
+
+
+def shards(scenario):
+    """The rows of process 0 and of process 1."""
+    make = make_language_experience if scenario.language else make_experience
+    both = [make(rows, seed=seed) for seed, rows in enumerate(scenario.rows)]
+    both[1] = replace(both[1], action_mask=both[1].action_mask & (torch.arange(both[1].action_mask.shape[1]) > 0))
+    return [without_rows(rows) for rows in both] if scenario.update.shuffle == "actions" else both
+
+
+def train(scenario, *, rank, accelerator=None):
+    """Two updates; rank None is one process with all rows. Returns weights and the last metrics."""
+    # Other processes start from other weights: those of process 0 must win.
+    policy = tiny_language_policy(seed=rank or 0) if scenario.language else ActorCritic(seed=rank or 0)
+    learner = Learner(policy, scenario.algorithm, scenario.update, accelerator=accelerator, seed=3)
+    parts = shards(scenario)
+    experience = concatenate(*parts) if rank is None else parts[rank]
+    for _ in range(2):
+        metrics = learner.update(experience, kl_coef=0.1)
+    return {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}, metrics
