@@ -1,4 +1,4 @@
-"""A key-value cache that is written in place, repeated once per group, and gives up finished rows.
+"""A key-value cache that is written in place, keeps each prompt once, and gives up finished rows.
 
 transformers' `DynamicCache` concatenates: each step copies the whole cache of each layer. Here storage is
 allocated ahead, a step writes one column, and attention reads a view.
@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-INITIAL_COLUMNS = 64
-"""Columns allocated beyond the prompt at first; storage then doubles, so that short answers need no long storage."""
+from rlhf.lm.shared_prompt import PromptGroups
+
+INITIAL_COLUMNS = 256
+"""Columns allocated at first; storage then doubles, so that short answers need no long storage."""
 
 
 class InPlaceLayer(CacheLayerMixin):
     """Keys and values of one attention layer in storage [rows, heads, columns, head_dim].
+
+    The first update stores the prompts. `start_decoding` then makes room for completions, with the prompt repeated
+    into each row's storage or kept apart, once per group, in `prompt_keys` and `prompt_values`.
 
     Args:
         capacity: Columns that will ever be needed: prompt plus longest completion.
@@ -28,55 +33,80 @@ class InPlaceLayer(CacheLayerMixin):
         self.capacity = capacity
         self.rows = 0
         self.length = 0
+        self.offset = 0  # columns that are not in `keys` because the prompts are kept apart
+        self.prompt_keys: Tensor | None = None
+        self.prompt_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the prompt; keys and values may differ in width (multi-head latent attention)."""
-        self.rows = key_states.shape[0]
-        columns = key_states.shape[2]
-        self.keys = key_states.new_empty(*key_states.shape[:2], columns, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], columns, value_states.shape[3])
+        """Take the prompts as they come; keys and values may differ in width (multi-head latent attention)."""
+        self.keys, self.values = key_states, value_states
+        self.rows, self.length = key_states.shape[0], key_states.shape[2]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
-        """Write new columns and return views of all columns so far."""
+        """Write new columns and return views of all columns in storage."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self.length, self.length + key_states.shape[2]
+            return key_states, value_states
+        start = self.length - self.offset
+        end = start + key_states.shape[2]
         if end > self.keys.shape[2]:
-            self._reallocate(torch.arange(self.rows, device=self.keys.device), end)
-        self.length = end
-        keys, values = self.keys[: self.rows], self.values[: self.rows]
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
+            self._grow(end)
+        keys, values = self.keys[: self.rows, :, :end], self.values[: self.rows, :, :end]
+        keys[:, :, start:] = key_states
+        values[:, :, start:] = value_states
+        self.length += key_states.shape[2]
+        return keys, values
 
-    def repeat(self, times: int) -> None:
-        """Repeat each row `times` times, consecutively: one prefill serves a whole group."""
-        rows = torch.arange(self.rows, device=self.keys.device).repeat_interleave(times)
-        self._reallocate(rows, self.length + 1)
+    def start_decoding(self, group_size: int, *, share: bool) -> None:
+        """Make rows for `group_size` completions of each prompt, consecutively.
+
+        Args:
+            group_size: Completions per prompt.
+            share: Keep the prompts apart instead of repeating them.
+        """
+        prompt_keys, prompt_values = self.keys, self.values
+        self.rows *= group_size
+        if share:
+            self.prompt_keys, self.prompt_values, self.offset = prompt_keys, prompt_values, self.length
+        columns = min(self.capacity - self.offset, self.length - self.offset + INITIAL_COLUMNS)
+        self.keys = _storage(prompt_keys, self.rows, columns)
+        self.values = _storage(prompt_values, self.rows, columns)
+        if not share:
+            for storage, prompt in ((self.keys, prompt_keys), (self.values, prompt_values)):
+                shape = (len(prompt), group_size, *prompt.shape[1:])
+                storage.view(*shape[:2], *storage.shape[1:])[:, :, :, : self.length] = prompt[:, None].expand(shape)
 
     def move_rows(self, sources: Tensor, destinations: Tensor, rows: int) -> None:
         """Copy rows `sources` over rows `destinations`, then keep the first `rows`."""
-        for storage in (self.keys, self.values):
-            storage[destinations, :, : self.length] = storage[sources, :, : self.length]
+        columns = self.length - self.offset
+        if len(sources) > 0:
+            for storage in (self.keys, self.values):
+                storage[destinations, :, :columns] = storage[sources, :, :columns]
         self.rows = rows
 
-    def _reallocate(self, rows: Tensor, needed: int) -> None:
-        """Move `rows` into new storage of at least `needed` columns, with room to grow."""
-        columns = min(max(needed, self.length + max(INITIAL_COLUMNS, self.length)), max(self.capacity, needed))
+    def keep_prompts(self, kept: Tensor) -> None:
+        """Forget shared prompts that no active row needs."""
+        assert self.prompt_keys is not None
+        assert self.prompt_values is not None
+        self.prompt_keys, self.prompt_values = self.prompt_keys[kept], self.prompt_values[kept]
+
+    def _grow(self, needed: int) -> None:
+        """Move to wider storage; rows given up are not copied."""
+        columns = min(max(needed, 2 * self.keys.shape[2]), max(self.capacity - self.offset, needed))
+        written = self.length - self.offset
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_empty(len(rows), old.shape[1], columns, old.shape[3])
-            new[:, :, : self.length] = old[rows, :, : self.length]
+            new = _storage(old, self.rows, columns)
+            new[:, :, :written] = old[: self.rows, :, :written]
             setattr(self, name, new)
-        self.rows = len(rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns a mask must cover, offset of the first)."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns written."""
+        """Tokens seen, the prompt included."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -94,15 +124,54 @@ class InPlaceCache(Cache):
 
     def __init__(self, num_layers: int, *, capacity: int) -> None:
         super().__init__(layers=[InPlaceLayer(capacity) for _ in range(num_layers)])
+        self.last_updated = self.layers[0]
+        self.groups: PromptGroups | None = None
+        self.prompt_bias: Tensor | None = None
+        """[N, 1, 1, P], very negative on padding; None where no prompt is padded."""
 
-    def repeat(self, times: int) -> None:
-        """Repeat each row `times` times, consecutively."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.repeat(times)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args, **_kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Write new columns of one layer; see `InPlaceLayer.update`."""
+        self.last_updated = self.layers[layer_idx]
+        return self.last_updated.update(key_states, value_states)
 
-    def move_rows(self, sources: Tensor, destinations: Tensor, rows: int) -> None:
-        """Fill the places of finished rows with the last rows, then keep the first `rows`."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.move_rows(sources, destinations, rows)
+    def start_decoding(self, group_size: int, *, share: bool, prompt_mask: Tensor) -> None:
+        """Make rows for the completions; with `share`, each prompt [N, P] stays stored once."""
+        for layer in self._used_layers():
+            layer.start_decoding(group_size, share=share)
+        if not share:
+            return
+        prompts = len(prompt_mask)
+        rows = torch.arange(prompts, device=prompt_mask.device).repeat_interleave(group_size)
+        self.groups = PromptGroups(rows, prompts, in_order=True)
+        if not bool(prompt_mask.all()):
+            self.prompt_bias = padding_bias(prompt_mask, self.layers[0].keys.dtype)
+
+    def move_rows(self, sources: Tensor, destinations: Tensor, kept: Tensor) -> None:
+        """Fill the places of finished rows with the last rows, so that row i is the former row `kept[i]`."""
+        for layer in self._used_layers():
+            layer.move_rows(sources, destinations, len(kept))
+        if self.groups is None:
+            return
+        prompt_of_row = self.groups.prompt_of_row[kept]
+        needed, renumbered = prompt_of_row.unique(return_inverse=True)
+        if len(needed) < self.groups.prompts:
+            for layer in self._used_layers():
+                layer.keep_prompts(needed)
+            if self.prompt_bias is not None:
+                self.prompt_bias = self.prompt_bias[needed]
+        self.groups = PromptGroups(renumbered, len(needed))
+
+    def _used_layers(self) -> list[InPlaceLayer]:
+        return [layer for layer in self.layers if layer.is_initialized]
+
+
+def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, S] bool to [N, 1, 1, S]: 0 where True, the type's lowest number elsewhere."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask, torch.finfo(dtype).min)[:, None, None]
+
+
+def _storage(like: Tensor, rows: int, columns: int) -> Tensor:
+    return like.new_empty(rows, like.shape[1], columns, like.shape[3])

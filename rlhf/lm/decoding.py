@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rlhf.errors import ModelError
 from rlhf.lm.backbone import CausalParts
-from rlhf.lm.cache import InPlaceCache
+from rlhf.lm.cache import InPlaceCache, padding_bias
 from rlhf.lm.sampling import SamplingConfig, choose_tokens
+from rlhf.lm.shared_prompt import shared_prompt_attention
 
 MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "dummy"}
 """Layers whose only state is keys and values, and whose mask comes from outside the layer."""
@@ -34,10 +36,16 @@ class DecodingPlan:
     takes_positions: bool
     builds_own_mask: bool
     """The attention implementation wants a 2D mask (flash, flex, ALiBi) instead of a ready 4D one."""
+    can_share_prompts: bool
+    """Plain attention in every layer, so that `shared_prompt` computes the same."""
 
 
-def plan_decoding(parts: CausalParts) -> DecodingPlan:
+def plan_decoding(parts: CausalParts, *, share_prompts: bool = True) -> DecodingPlan:
     """Look at a model's layers.
+
+    Args:
+        parts: The model.
+        share_prompts: Keep each prompt's keys and values once per group where the layers allow it.
 
     Raises:
         ModelError: A layer keeps a state other than keys and values of all tokens, such as Mamba or chunked layers.
@@ -59,6 +67,11 @@ def plan_decoding(parts: CausalParts) -> DecodingPlan:
         sliding_window=min(windows) if windows else None,
         takes_positions=takes_positions,
         builds_own_mask=not takes_positions or parts.config._attn_implementation not in ("sdpa", "eager"),
+        # sdpa models know no soft-capped scores, attention sinks or position biases; eager ones may.
+        can_share_prompts=share_prompts
+        and takes_positions
+        and parts.config._attn_implementation == "sdpa"
+        and set(layer_types) == {"full_attention"},
     )
 
 
@@ -103,7 +116,8 @@ class Decoder:
         self.cache = InPlaceCache(plan.num_layers, capacity=self.prompt_length + steps)
         self.padded = not bool(prompt_mask.all())
         self.logits = self._prefill(prompt_ids, prompt_mask).repeat_interleave(group_size, dim=0)
-        self.cache.repeat(group_size)
+        self.shared = plan.can_share_prompts and group_size > 1
+        self.cache.start_decoding(group_size, share=self.shared, prompt_mask=prompt_mask)
         self.positions = prompt_mask.sum(dim=1).repeat_interleave(group_size)[:, None]  # [n, 1] of the next token
         self.mask = self._make_mask(prompt_mask.repeat_interleave(group_size, dim=0))
 
@@ -111,15 +125,17 @@ class Decoder:
         """Write tokens until every row is finished or the limit is reached; return the number of steps."""
         limit = self.sampling.max_completion_length
         check_steps = 1 if self.device.type == "cpu" else DEVICE_CHECK_STEPS
-        for step in range(limit):
-            tokens = self._choose(step)
-            if step + 1 == limit:
-                break
-            if (step + 1) % check_steps == 0:
-                tokens = self._drop_finished(tokens)
-                if len(tokens) == 0:
+        attention = shared_prompt_attention(self.plan.parts.config, self.cache) if self.shared else nullcontext()
+        with attention:
+            for step in range(limit):
+                tokens = self._choose(step)
+                if step + 1 == limit:
                     break
-            self._advance(tokens)
+                if (step + 1) % check_steps == 0:
+                    tokens = self._drop_finished(tokens)
+                    if len(tokens) == 0:
+                        break
+                self._advance(tokens)
         return step + 1
 
     def _prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -137,21 +153,18 @@ class Decoder:
         return self.plan.parts.head(hidden[:, -1])
 
     def _make_mask(self, prompt_mask: Tensor) -> Tensor | None:
-        """The mask of all steps at once; a step takes its first columns. None where every row sees everything."""
-        capacity = self.prompt_length + self.sampling.max_completion_length
-        window = self.plan.sliding_window
-        own_mask = self.plan.builds_own_mask or (window is not None and window < capacity)
-        if not self.padded:
+        """The mask [n, ..., capacity] of all steps at once; a step takes its first columns.
+
+        None where every row sees every column, and where the cache masks the shared prompts itself.
+        """
+        if not self.padded or self.shared:
             return None
-        columns = self.sampling.max_completion_length
-        visible = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_mask), columns)], dim=1)
-        if own_mask:
-            return visible  # transformers combines it with its sliding window or kernel
-        dtype = self.cache.layers[0].keys.dtype
-        hidden_value = torch.finfo(dtype).min
-        return torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, hidden_value)[
-            :, None, None
-        ]
+        steps = self.sampling.max_completion_length
+        visible = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_mask), steps)], dim=1)
+        window = self.plan.sliding_window
+        if self.plan.builds_own_mask or (window is not None and window < visible.shape[1]):
+            return visible  # transformers combines it with its window or kernel
+        return padding_bias(visible, self.cache.layers[0].keys.dtype)
 
     def _choose(self, step: int) -> Tensor:
         """Choose and record the tokens [n] of this step."""
@@ -189,7 +202,7 @@ class Decoder:
         kept, sources, destinations = (
             torch.tensor(rows, dtype=torch.int64, device=self.device) for rows in (keep, movers, holes)
         )
-        self.cache.move_rows(sources, destinations, remaining)
+        self.cache.move_rows(sources, destinations, kept)
         self.row_ids, self.positions, self.finished = self.row_ids[kept], self.positions[kept], self.finished[kept]
         if self.mask is not None:
             self.mask = self.mask[kept]
