@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 from rlhf.data.mapping import field_of, make_mapping, read_completion_field, read_prompt_field
 from rlhf.data.rankings import read_ranking
 from rlhf.data.records import Demonstration, Prompt, Ranking, check_text, is_chat, read_text
-from rlhf.data.sources import DataConfig, read_rows
+from rlhf.data.settings import DataConfig
+from rlhf.data.sources import read_rows
 from rlhf.errors import ConfigError, DataError
 
 __all__ = ["DataConfig", "load_demonstrations", "load_prompts", "load_rankings", "split_holdout"]

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from rlhf.data.records import Text, check_text, is_chat, read_text
-from rlhf.data.sources import DataConfig
+from rlhf.data.settings import DataConfig
 from rlhf.errors import ConfigError, DataError
 
 Derivation = Callable[..., Any]

@@ -17,7 +17,7 @@ from rlhf.data.records import (
     ranks_from_scores,
     read_text,
 )
-from rlhf.data.sources import DataConfig
+from rlhf.data.settings import DataConfig
 from rlhf.errors import DataError
 
 Values = dict[str, Any]

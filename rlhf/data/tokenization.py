@@ -13,10 +13,10 @@ belongs to the next turn: a policy stops before it and is never trained on it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf.data.chat_templates import render, render_prompt, turn_end_id
+from rlhf.data.continuation import continuation_ids, continuation_text, plain_ids
 from rlhf.data.records import Message, Prompt, Text, is_chat
 from rlhf.errors import DataError, ModelError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_PROBLEMS = 5
-_ANCHORS = ("\n", "a", ".", "0", ">")
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
@@ -94,36 +93,14 @@ def _encode_string_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if begin is not None and ids[:2] == [begin, begin]:
         ids = ids[1:]
-    if end is not None and ids[-1:] == [end] and _plain_ids(tokenizer, text)[-1:] != [end] and ids != [begin]:
+    if end is not None and ids[-1:] == [end] and plain_ids(tokenizer, text)[-1:] != [end] and ids != [begin]:
         # Some tokenizers close every text with the end token; a prompt that is closed cannot be continued.
         ids = ids[:-1]
     return ids
 
 
 def _encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None) -> list[int]:
-    return _plain_ids(tokenizer, _render_prompt(tokenizer, messages, where))
-
-
-def _render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None = None) -> str:
-    if messages[-1]["role"] == "assistant":
-        return _render(tokenizer, messages, where, continue_final_message=True)
-    return _render(tokenizer, messages, where, add_generation_prompt=True)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None, **settings: Any) -> str:
-    import jinja2
-
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "the data holds chat messages, but the tokenizer has no chat template",
-            where=tokenizer.name_or_path or None,
-            remedy="Use the model's chat version, give the tokenizer a template, or turn the messages into strings.",
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        roles = [message.get("role") for message in messages]
-        raise DataError(f"the chat template refuses this conversation: {error}", where=where, got=roles) from error
+    return plain_ids(tokenizer, render_prompt(tokenizer, messages, where))
 
 
 # --- completions --------------------------------------------------------------------------------------------------
@@ -135,6 +112,7 @@ def encode_completion(
     completion: Text,
     *,
     add_end: bool = True,
+    inner_end: Literal["refuse", "text"] = "refuse",
     where: str | None = None,
 ) -> list[int]:
     """Tokenize a completion so that `encode_prompt(prompt)` followed by it is what the model should have written.
@@ -146,6 +124,8 @@ def encode_completion(
             of the assistant's).
         add_end: Close the completion with the end token, exactly once even if a string already ends with it. False
             leaves it open.
+        inner_end: What to do where the text spells the end token in its midst: `refuse` it, as data must be, or take
+            the spelling as plain `text`, as when a policy's output is scored.
         where: File and line of the record, for the errors.
 
     Returns:
@@ -157,26 +137,30 @@ def encode_completion(
             differently once an answer follows it.
     """
     if is_chat(prompt):
-        return _encode_chat_completion(tokenizer, prompt, completion, add_end, where)
-    if is_chat(completion):
+        ids, end = _encode_turns(tokenizer, prompt, completion, where)
+    elif is_chat(completion):
         raise DataError("a string prompt cannot be continued by chat messages", where=where, remedy="Set `chat: true`.")
-    end: Any = tokenizer.eos_token_id  # typed for tokenizers with lists of special tokens
-    if add_end and end is None:
-        raise _no_end_token(tokenizer)
-    ids = _continuation_ids(tokenizer, completion)
-    if ids and ids[-1] == end:
-        ids.pop()
-    if end in ids:
-        raise _inner_end(completion, where)
-    return [*ids, end] if add_end else ids
+    else:
+        ids, end = continuation_ids(tokenizer, completion), _eos_id(tokenizer)
+        if add_end and end is None:
+            raise _no_end_token(tokenizer)
+        if ids[-1:] == [end]:
+            ids.pop()
+    single = not is_chat(completion) or len(completion) == 1
+    if single and any(token in ids for token in end_token_ids(tokenizer)):
+        if inner_end == "refuse":
+            raise _inner_end(completion, where)
+        ids = continuation_ids(tokenizer, _content_of(completion), split_special_tokens=True)
+    return [*ids, end] if add_end and end is not None else ids
 
 
-def _encode_chat_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], completion: Text, add_end: bool, where: str | None
-) -> list[int]:
+def _encode_turns(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], completion: Text, where: str | None
+) -> tuple[list[int], int]:
+    """Tokens that the template adds to the prompt, up to the last end of a turn; and the token of that end."""
     answers: list[Message] = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
-    prompt_text = _render_prompt(tokenizer, prompt, where)
-    whole_text = _render(tokenizer, _join(prompt, answers), where)
+    prompt_text = render_prompt(tokenizer, prompt, where)
+    whole_text = render(tokenizer, _join(prompt, answers), where)
     if not whole_text.startswith(prompt_text):
         raise ModelError(
             "the chat template prints the prompt differently once an answer follows it",
@@ -184,19 +168,17 @@ def _encode_chat_completion(
             got=(prompt_text[-60:], whole_text[-100:]),
             remedy="Give the tokenizer a template whose generation prompt is the beginning of the assistant's turn.",
         )
-    prompt_ids, whole_ids = _plain_ids(tokenizer, prompt_text), _plain_ids(tokenizer, whole_text)
+    prompt_ids, whole_ids = plain_ids(tokenizer, prompt_text), plain_ids(tokenizer, whole_text)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         ids = whole_ids[len(prompt_ids) :]
     else:
         # A merge across the boundary (a newline of the header with one of the answer): see the module's docstring.
-        ids = _continuation_ids(tokenizer, whole_text[len(prompt_text) :])
-    ends = set(end_token_ids(tokenizer))
+        ids = continuation_ids(tokenizer, whole_text[len(prompt_text) :])
+    ends = end_token_ids(tokenizer)
     places = [index for index, token in enumerate(ids) if token in ends]
     if not places:
         raise _no_end_token(tokenizer)
-    if len(answers) == 1 and len(places) > 1:
-        raise _inner_end(completion, where)
-    return ids[: places[-1] + 1] if add_end else ids[: places[-1]]
+    return ids[: places[-1]], ids[places[-1]]
 
 
 def _join(prompt: list[Message], answers: list[Message]) -> list[Message]:
@@ -213,9 +195,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     They differ where a base model's tokenizer got a chat template (`<|end_of_text|>` against `<|eot_id|>`); a
     generator has to stop at either.
     """
-    turn_end = _traits(tokenizer).turn_end
-    eos: Any = tokenizer.eos_token_id
-    ends: list[int] = [token for token in (eos, turn_end) if token is not None]
+    ends = [token for token in (_eos_id(tokenizer), turn_end_id(tokenizer)) if token is not None]
     return list(dict.fromkeys(ends))
 
 
@@ -235,11 +215,7 @@ def decode_completion(
     tokens = [int(token) for token in ids]
     if mask is not None:
         tokens = [token for token, kept in zip(tokens, mask, strict=True) if kept]
-    traits = _traits(tokenizer)
-    if not traits.prepends_space or traits.anchor is None:
-        return _decode(tokenizer, tokens)
-    anchor_ids, anchor_text = traits.anchor
-    return _decode(tokenizer, [*anchor_ids, *tokens]).removeprefix(anchor_text)
+    return continuation_text(tokenizer, tokens)
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -272,89 +248,15 @@ def _inner_end(completion: Text, where: str | None) -> DataError:
     )
 
 
+def _content_of(text: Text) -> str:
+    return text if not is_chat(text) else str(text[-1].get("content", ""))
+
+
 def _preview(text: Text) -> str:
-    words = text if not is_chat(text) else str(text[-1].get("content", ""))
+    words = _content_of(text)
     return repr(words if len(words) <= 60 else words[:60] + "...")
 
 
-# --- what a tokenizer does at the start of a text -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Traits:
-    prepends_space: bool
-    """True where the first word of any text is tokenized as if a space preceded it."""
-    anchor: tuple[list[int], str] | None
-    """Tokens that stand for a text before, and the text they decode to."""
-    turn_end: int | None
-    """The special token that closes an assistant's turn in the chat template."""
-
-
-_KNOWN_TRAITS: WeakKeyDictionary[Any, tuple[Any, _Traits]] = WeakKeyDictionary()
-
-
-def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
-    # The template and the end token may be set after the tokenizer was first used here.
-    key = (tokenizer.chat_template, tokenizer.eos_token_id)
-    known = _KNOWN_TRAITS.get(tokenizer)
-    if known is None or known[0] != key:
-        known = _KNOWN_TRAITS[tokenizer] = (key, _find_traits(tokenizer))
-    return known[1]
-
-
-def _find_traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
-    anchor = None
-    for text in _ANCHORS:
-        ids = _try_plain_ids(tokenizer, text)
-        if ids and _decode(tokenizer, ids).endswith(text):
-            anchor = (ids, _decode(tokenizer, ids))
-            break
-    prepends_space = False
-    if anchor is not None:
-        # Probed with the anchor twice: a small vocabulary may know no other letter.
-        text = anchor[1].strip(" ")
-        twice = _try_plain_ids(tokenizer, text + text)
-        prepends_space = twice[: len(anchor[0])] == anchor[0] and twice[len(anchor[0]) :] != anchor[0]
-    return _Traits(prepends_space, anchor, _find_turn_end(tokenizer) if tokenizer.chat_template else None)
-
-
-def _find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    question: list[Message] = [{"role": "user", "content": "a"}]
-    prompt = _render_prompt(tokenizer, question)
-    whole = _render(tokenizer, [*question, {"role": "assistant", "content": "a"}], None)
-    special = set(tokenizer.all_special_ids) | {
-        token for token, added in tokenizer.added_tokens_decoder.items() if added.special
-    }
-    after_content = whole[len(prompt) :].partition("a")[2] if whole.startswith(prompt) else whole.rpartition("a")[2]
-    return next((token for token in _plain_ids(tokenizer, after_content) if token in special), None)
-
-
-def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text that follows another one."""
-    if not _traits(tokenizer).prepends_space or not text:
-        return _plain_ids(tokenizer, text)
-    for anchor in _ANCHORS:
-        before, together = _plain_ids(tokenizer, anchor), _plain_ids(tokenizer, anchor + text)
-        if together[: len(before)] == before:
-            return together[len(before) :]
-    raise ModelError(
-        f"cannot tokenize {_preview(text)} as the continuation of a text without adding a space to it",
-        where=tokenizer.name_or_path or None,
-        remedy="Load the tokenizer with add_prefix_space=False.",
-    )
-
-
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _try_plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """As `_plain_ids`, but nothing for a letter that the vocabulary does not have and cannot replace."""
-    try:
-        return _plain_ids(tokenizer, text)
-    except Exception:  # the tokenizers library raises a bare Exception for a missing unknown token
-        return []
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    end: Any = tokenizer.eos_token_id  # typed for tokenizers that have lists of special tokens
+    return end

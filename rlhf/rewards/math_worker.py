@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from typing import Any, TextIO
+
+_MEMORY_BYTES = 4 * 2**30
+"""An expression that needs more is hostile; sympy then gets a MemoryError and the machine keeps its memory."""
 
 
 def main() -> None:
     """Answer requests until stdin closes."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     # Libraries print; the channel to the parent must carry verdicts only.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
@@ -42,7 +47,7 @@ def _make_judge() -> Any:
 
     def judge(gold: str, completion: str, extraction: str) -> str:
         # A bare "\\frac{1}{2}" is no formula to the parser until it stands in a box or between dollar signs.
-        bare = "$" not in gold and "\\boxed" not in gold
+        bare = "$" not in gold.replace("\\$", "") and "\\boxed" not in gold
         gold_parsed = parse(f"\\boxed{{{gold}}}", parsing_timeout=None) if bare else []
         gold_parsed = gold_parsed or parse(gold, parsing_timeout=None)
         if not gold_parsed:
