@@ -262,7 +262,7 @@ def test_rewards_to_go_by_hand():
     assert with_tail.tolist() == [[2.0, 2.0, 7.5, 0.0, 9.0]]
     # Without values nothing is added: 3 + .5 * 5 = 5.5.
     assert rewards_to_go(rewards, **arguments).tolist() == [[2.0, 2.0, 5.5, 0.0, 5.0]]
-    # An episode that was truncated after the second step goes on with its own bootstrap: 2 + .5 * 4 = 4, 1 + .5 * 4 = 3.
+    # An episode truncated after the second step goes on with its own bootstrap: 2 + .5 * 4 = 4, 1 + .5 * 4 = 3.
     truncated = rewards_to_go(rewards, next_values=row(9, 4, 9, NAN, 8), **arguments)
     assert truncated.tolist() == [[3.0, 4.0, 7.5, 0.0, 9.0]]
 

@@ -26,7 +26,7 @@ CRITIC = SquaredValueLoss()
 
 
 def completions() -> Rollout:
-    """Two completions of one prompt with 3 and 2 tokens, scores 1 and 3 on their last tokens, garbage in the padding."""
+    """Two completions of one prompt: 3 and 2 tokens, scores 1 and 3 on their last tokens, garbage in the padding."""
     mask = torch.tensor([[True, True, True], [True, True, False]])
     old = torch.tensor([[-1.0, -2.0, -1.5], [-0.5, -1.0, NAN]], dtype=torch.float64)
     difference = torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.0, NAN]], dtype=torch.float64)

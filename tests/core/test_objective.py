@@ -100,7 +100,7 @@ def test_losses_by_hand(settings, expected):
 
 
 def test_kl_in_the_loss_against_the_reference():
-    # pi / ref = 2, .5, .5: d = log 2, -log 2, -log 2. k3 = 1/2 - 1 + log 2 = .19314718, 2 - 1 - log 2 = .30685282 twice.
+    # pi / ref = 2, .5, .5: d = log 2, -log 2, -log 2. k3 = .5 - 1 + log 2 = .19314718, 2 - 1 - log 2 = .30685282 twice.
     algorithm = rows(kl=KlInLoss(estimator="k3"), surrogate=Unclipped())
     expected = -(1.5 + 0.5 - 1.0) / 3 + 0.1 * (0.19314718 + 2 * 0.30685282) / 3
     assert loss_of(algorithm, kl_coef=0.1) == pytest.approx(expected)

@@ -98,7 +98,8 @@ def test_dual_clipped_bounds_the_loss_of_bad_actions(ratio, advantage, gain, slo
 
 
 def test_clipped_weight_caps_the_weight_and_keeps_every_gradient():
-    # CISPO: min(rho, 1 + 4) A log pi. rho .01 is not raised (no lower bound), 3 stays, 9 becomes 5; slope in log pi = weight * A.
+    # CISPO: min(rho, 1 + 4) A log pi. rho .01 is not raised (no lower bound), 3 stays, 9 becomes 5.
+    # The slope in log pi is weight * A.
     log_probs = row(-1.0, -2.0, -3.0).requires_grad_()
     ratio = row(0.01, 3.0, 9.0).requires_grad_()
     gain = clipped_weight(ratio, log_probs, row(2.0, 2.0, -1.0), clip_high=4.0)
