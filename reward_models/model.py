@@ -36,6 +36,7 @@ class RewardModel(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
         score_head(self.classifier)  # refuses now what could not be scored later
+        self._is_causal = _later_tokens_change_nothing(getattr(self.classifier, self.classifier.base_model_prefix))
 
     @property
     def classifier(self) -> PreTrainedModel:
@@ -81,7 +82,10 @@ class RewardModel(nn.Module):
     def _score_chunk(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Score right-padded rows [n, l] -> [n]."""
         body = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden = body(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state  # [n, l, h]
+        # Padding stands after the text, where a causal body cannot see it; without a mask attention is up to 1.5x as
+        # fast.
+        attention_mask = None if self._is_causal else mask.long()
+        hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(mask), device=mask.device), mask.sum(dim=1) - 1]  # [n, h]
         with torch.autocast(last.device.type, enabled=False):
             return F.linear(last.float(), score_head(self.classifier).weight.float()).squeeze(1)
@@ -97,6 +101,21 @@ class RewardModel(nn.Module):
             model = _merged_copy(model)
         model.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _later_tokens_change_nothing(body: nn.Module) -> bool:
+    """Whether the hidden states of two tokens are the same when a third follows: the body is causal."""
+    weight = next(body.parameters())
+    if weight.device.type == "meta":
+        return False
+    was_training = body.training
+    body.eval()
+    ids = torch.tensor([[0, 1, 2]], device=weight.device)
+    alone, followed = (body(input_ids=x, use_cache=False).last_hidden_state[0, :2].float() for x in (ids[:, :2], ids))
+    body.train(was_training)
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
+    return bool((alone - followed).abs().max() <= tolerance * alone.abs().max())
 
 
 def length_sorted_chunks(lengths: Sequence[int], chunk_tokens: int) -> Iterator[list[int]]:

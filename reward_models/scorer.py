@@ -177,7 +177,7 @@ class RewardModelScorer:
 
     def _normalize(self, raw: Tensor, *, unit_variance: bool) -> tuple[float, float]:
         raw = raw.double()
-        if unit_variance and (len(raw) < 2 or raw.std(correction=0) < 1e-8):
+        if unit_variance and (len(raw) < 2 or raw.std(correction=0) < 1e-6 * max(1.0, abs(raw.mean()))):
             raise RewardError(
                 "all reference completions score the same, so their scores have no scale",
                 where="normalize_on",

@@ -33,12 +33,12 @@ def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
-def pairs_by_hand(scores, ranks, *, margin=lambda w, l: 0.0, smoothing=0.0):
+def pairs_by_hand(scores, ranks, *, margin=lambda winner, loser: 0.0, smoothing=0.0):
     """InstructGPT's loss as a loop over pairs (arXiv 2203.02155, equation 1), in plain python numbers."""
     terms = []
-    for w, l in itertools.permutations(range(len(scores)), 2):
-        if ranks[w] < ranks[l]:
-            gap = scores[w] - scores[l] - margin(w, l)
+    for winner, loser in itertools.permutations(range(len(scores)), 2):
+        if ranks[winner] < ranks[loser]:
+            gap = scores[winner] - scores[loser] - margin(winner, loser)
             terms.append(-(1 - smoothing) * log_sigmoid(gap) - smoothing * log_sigmoid(-gap))
     return sum(terms) / len(terms) if terms else 0.0
 
@@ -100,9 +100,9 @@ def test_margins_are_subtracted_from_the_gap():
     scores, ranks, gold = [0.3, -1.2, 2.0], [2, 0, 1], [0.1, 0.9, 0.4]
     tensors = torch.tensor([scores]), torch.tensor([ranks])
     by_kind = {
-        "pair": lambda w, l: 0.5,
-        "rank": lambda w, l: 0.5 * (ranks[l] - ranks[w]),
-        "gold_score": lambda w, l: 0.5 * (gold[w] - gold[l]),
+        "pair": lambda winner, loser: 0.5,
+        "rank": lambda winner, loser: 0.5 * (ranks[loser] - ranks[winner]),
+        "gold_score": lambda winner, loser: 0.5 * (gold[winner] - gold[loser]),
     }
     for per, margin in by_kind.items():
         margins = pair_margins(tensors[1], margin=Margin(size=0.5, per=per), gold_scores=torch.tensor([gold]))

@@ -75,6 +75,16 @@ def test_pad_token_equal_to_the_end_token_reads_the_end_token(reward_model):
     assert (theirs - expected).abs().max() > 1e-2
 
 
+def test_a_body_that_looks_ahead_is_recognised(tokenizer, architecture):
+    """Only a causal body may be run without the mask that hides padding."""
+    model = make_reward_model(ModelConfig(config=architecture), tokenizer)
+    assert model._is_causal
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    assert not RewardModel(model.classifier)._is_causal
+
+
 def test_row_without_tokens_is_refused(reward_model):
     with pytest.raises(ModelError, match="no attended token"):
         reward_model(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 0], [0, 0, 0]]))
