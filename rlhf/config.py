@@ -61,7 +61,7 @@ def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides
     for override in sorted(overrides, key=lambda override: override.partition("=")[0].count(".")):
         apply_override(settings, override)
     where = " with ".join([*([str(path)] if path is not None else []), *(["overrides"] if overrides else [])])
-    return validate(schema, complete(schema, settings), where=where or "config")
+    return validate(schema, settings, where=where or "config")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -114,8 +114,31 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     _set(node, parts[-1], value, key=key)
 
 
+def merge_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings` with `changes` laid over them, group by group, as YAML over YAML.
+
+    A change that names a `preset` or another `type` replaces its group; one below a preset's name changes that preset.
+
+    >>> merge_settings({"algorithm": "grpo", "run": {"seed": 1}}, {"algorithm": {"epochs": 2}, "run": {"resume": True}})
+    {'algorithm': {'preset': 'grpo', 'epochs': 2}, 'run': {'seed': 1, 'resume': True}}
+    """
+    merged = dict(settings)
+    for key, change in changes.items():
+        current = merged.get(key)
+        if isinstance(change, Mapping) and "preset" not in change:
+            if isinstance(current, str):
+                current = {"preset": current}
+            if isinstance(current, Mapping) and change.get("type") in (None, current.get("type")):
+                change = merge_settings(current, change)
+        merged[key] = change
+    return merged
+
+
 def complete(schema: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill groups of settings that are given in part with the rest of their default, as `load_config` describes."""
+    """Fill groups of settings that are given in part with the rest of their default, as `load_config` describes.
+
+    `validate` does it; here it stands alone for those who look at settings before they are validated.
+    """
     completed = dict(settings)
     for key, given in settings.items():
         field = schema.model_fields.get(key)
@@ -130,9 +153,9 @@ def complete(schema: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, 
 
 
 def validate(schema: type[ConfigT], settings: Mapping[str, Any], *, where: str = "config") -> ConfigT:
-    """Build `schema` from `settings`; every problem is listed in one `ConfigError`."""
+    """Complete `settings` from the defaults and build `schema`; every problem is listed in one `ConfigError`."""
     try:
-        return schema.model_validate(settings)
+        return schema.model_validate(complete(schema, settings))
     except ValidationError as error:
         raise ConfigError("; ".join(describe_problems(schema, error)), where=where) from error
 

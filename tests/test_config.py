@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from rlhf.config import Config, dump_yaml, load_config, read_yaml
+from rlhf.config import Config, dump_yaml, load_config, merge_settings, read_yaml
 from rlhf.core.algorithm import ClippedValueLoss, FixedKl, Gae, GroupRelative
 from rlhf.core.presets import ALGORITHMS, AlgorithmChoice
 from rlhf.errors import ConfigError
@@ -173,6 +173,21 @@ def test_the_later_of_two_equal_keys_counts():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_preset_has_its_name(name):
     assert load(f"algorithm={name}").algorithm == ALGORITHMS[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "merged"),
+    [
+        ({"algorithm": {"epochs": 2}}, {"algorithm": {"preset": "grpo", "epochs": 2}, "voice": {"type": "loud"}}),
+        ({"algorithm": {"preset": "ppo"}}, {"algorithm": {"preset": "ppo"}, "voice": {"type": "loud"}}),
+        ({"algorithm": "ppo"}, {"algorithm": "ppo", "voice": {"type": "loud"}}),
+        ({"voice": {"volume": 2}}, {"algorithm": "grpo", "voice": {"type": "loud", "volume": 2}}),
+        ({"voice": {"type": "quiet"}}, {"algorithm": "grpo", "voice": {"type": "quiet"}}),
+        ({"names": [1]}, {"algorithm": "grpo", "voice": {"type": "loud"}, "names": [1]}),
+    ],
+)
+def test_settings_over_settings(changes, merged):
+    assert merge_settings({"algorithm": "grpo", "voice": {"type": "loud"}}, changes) == merged
 
 
 # --- the resolved file --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from rlhf.commands.recipes import find_config, find_recipe, import_recipe
-from rlhf.config import Config, read_yaml, validate
+from rlhf.config import Config, merge_settings, read_yaml, validate
 from rlhf.training.run_config import RunConfig
 
 DIRECTORY = "{directory}"
@@ -68,9 +68,9 @@ def run_stage(stage: Stage, directory: Path, run: RunConfig) -> StageResult:
     recipe = find_recipe(stage.recipe)
     module = import_recipe(recipe)
     file = find_config(recipe, stage.config) if stage.config is not None else None
-    settings = _merged(read_yaml(file) if file is not None else {}, stage.settings)
+    settings = merge_settings(read_yaml(file) if file is not None else {}, stage.settings)
     handed_on = {"directory": str(own), "seed": run.seed, "resume": run.resume, "overwrite": run.overwrite}
-    settings = _merged(_located(settings, directory), {"run": handed_on})
+    settings = merge_settings(_located(settings, directory), {"run": handed_on})
     started = time.monotonic()
     metrics = module.main(validate(module.CONFIG, settings, where=f"stage {stage.name}"))
     seconds = time.monotonic() - started
@@ -82,15 +82,6 @@ def _note_seconds(summary: Path, seconds: float) -> None:
     """Keep the stage's whole time, loading and evaluation included, for a resumed pipeline."""
     record = json.loads(summary.read_text(encoding="utf-8"))
     summary.write_text(json.dumps({**record, "stage_seconds": seconds}, indent=2) + "\n", encoding="utf-8")
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, change in changes.items():
-        current = merged.get(key)
-        both = isinstance(current, Mapping) and isinstance(change, Mapping)
-        merged[key] = _merged(current, change) if both else change
-    return merged
 
 
 def _located(value: Any, directory: Path) -> Any:
