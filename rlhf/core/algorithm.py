@@ -22,9 +22,9 @@ class Gae(Config):
     """Generalized advantage estimation; needs a critic."""
 
     type: Literal["gae"] = "gae"
-    discount: float = Field(0.99, ge=0, le=1)
+    discount: float = Field(default=0.99, ge=0, le=1)
     """gamma, per action."""
-    gae_lambda: float = Field(0.95, ge=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """lambda; 0 is the one-step TD error, 1 is discounted return minus value."""
     standardize: Standardize = "none"
     """Mean 0, std 1 over each minibatch, or over the whole rollout of all processes."""
@@ -34,7 +34,7 @@ class RewardsToGo(Config):
     """Discounted rewards to go (REINFORCE), optionally minus the critic's value as baseline."""
 
     type: Literal["rewards_to_go"] = "rewards_to_go"
-    discount: float = Field(0.99, ge=0, le=1)
+    discount: float = Field(default=0.99, ge=0, le=1)
     baseline: Literal["none", "value"] = "none"
     standardize: Standardize = "none"
 
@@ -43,8 +43,8 @@ class NStep(Config):
     """n-step bootstrapped return minus value; needs a critic."""
 
     type: Literal["n_step"] = "n_step"
-    n: int = Field(5, ge=1)
-    discount: float = Field(0.99, ge=0, le=1)
+    n: int = Field(default=5, ge=1)
+    discount: float = Field(default=0.99, ge=0, le=1)
     standardize: Standardize = "none"
 
 
@@ -54,7 +54,7 @@ class GroupRelative(Config):
     type: Literal["group_relative"] = "group_relative"
     scale: Literal["sample_std", "population_std", "batch_std", "none"] = "sample_std"
     """What divides the centred score; batch_std is the standard deviation over all scores of the rollout."""
-    epsilon: float = Field(1e-4, ge=0)
+    epsilon: float = Field(default=1e-4, ge=0)
     """Added to the standard deviation."""
 
 
@@ -86,17 +86,17 @@ class Clipped(Config):
     """min(ratio x A, clip(ratio, 1 - clip_low, 1 + clip_high) x A)."""
 
     type: Literal["clipped"] = "clipped"
-    clip_low: float = Field(0.2, ge=0, le=1)
-    clip_high: float = Field(0.2, ge=0)
+    clip_low: float = Field(default=0.2, ge=0, le=1)
+    clip_high: float = Field(default=0.2, ge=0)
 
 
 class DualClipped(Config):
     """The clipped surrogate, bounded below by bound x A where A < 0."""
 
     type: Literal["dual_clipped"] = "dual_clipped"
-    clip_low: float = Field(0.2, ge=0, le=1)
-    clip_high: float = Field(0.2, ge=0)
-    bound: float = Field(3.0, gt=1)
+    clip_low: float = Field(default=0.2, ge=0, le=1)
+    clip_high: float = Field(default=0.2, ge=0)
+    bound: float = Field(default=3.0, gt=1)
 
     @model_validator(mode="after")
     def _refuse_bounds_inside_the_clip_range(self) -> Self:
@@ -109,7 +109,7 @@ class ClippedWeight(Config):
     """stop_gradient(min(ratio, 1 + clip_high)) x A x log pi (CISPO); there is no lower bound."""
 
     type: Literal["clipped_weight"] = "clipped_weight"
-    clip_high: float = Field(4.0, ge=0)
+    clip_high: float = Field(default=4.0, ge=0)
     """The weight's cap is 1 + clip_high; 4 gives ScaleRL's cap of 5."""
 
 
@@ -123,15 +123,15 @@ class FixedKl(Config):
     """A constant coefficient."""
 
     type: Literal["fixed"] = "fixed"
-    value: float = Field(0.05, ge=0)
+    value: float = Field(default=0.05, ge=0)
 
 
 class AdaptiveKl(Config):
     """Halved below target / 1.5, doubled above target x 1.5, once per policy update (PPO paper, section 4)."""
 
     type: Literal["adaptive"] = "adaptive"
-    initial: float = Field(1.0, gt=0)
-    target: float = Field(0.01, gt=0)
+    initial: float = Field(default=1.0, gt=0)
+    target: float = Field(default=0.01, gt=0)
     unit: Literal["token", "sequence"] = "token"
     """Whether target is nats per action or nats per row (summed over its actions)."""
 
@@ -140,9 +140,9 @@ class ProportionalKl(Config):
     """coef x (1 + clip(KL / target - 1, +-0.2) x episodes / horizon) (Ziegler et al. 2019)."""
 
     type: Literal["proportional"] = "proportional"
-    initial: float = Field(0.15, gt=0)
-    target: float = Field(6.0, gt=0)
-    horizon: float = Field(10_000, gt=0)
+    initial: float = Field(default=0.15, gt=0)
+    target: float = Field(default=6.0, gt=0)
+    horizon: float = Field(default=10_000, gt=0)
     """Episodes over which a persistent 10 % error changes the coefficient by 10 %."""
     unit: Literal["token", "sequence"] = "sequence"
 
@@ -151,9 +151,9 @@ class DualKl(Config):
     """Lagrange multiplier: coef <- max(0, coef + learning_rate x (KL - target))."""
 
     type: Literal["dual"] = "dual"
-    initial: float = Field(1.0, ge=0)
-    target: float = Field(0.01, gt=0)
-    learning_rate: float = Field(1.0, gt=0)
+    initial: float = Field(default=1.0, ge=0)
+    target: float = Field(default=0.01, gt=0)
+    learning_rate: float = Field(default=1.0, gt=0)
     unit: Literal["token", "sequence"] = "token"
 
 
@@ -226,7 +226,7 @@ class FixedLength(Config):
     """Sum over all actions, divided by rows x length (Dr. GRPO): no length bias."""
 
     type: Literal["fixed_length"] = "fixed_length"
-    length: int | None = Field(None, ge=1)
+    length: int | None = Field(default=None, ge=1)
     """The maximum completion length; recipes fill it in from their generation settings."""
 
 
@@ -237,15 +237,15 @@ class SquaredValueLoss(Config):
     """1/2 (V - return)^2."""
 
     type: Literal["squared"] = "squared"
-    coefficient: float = Field(0.5, ge=0)
+    coefficient: float = Field(default=0.5, ge=0)
 
 
 class ClippedValueLoss(Config):
     """1/2 max((V - return)^2, (V_old + clip(V - V_old, +-clip_range) - return)^2)."""
 
     type: Literal["clipped"] = "clipped"
-    coefficient: float = Field(0.5, ge=0)
-    clip_range: float = Field(0.2, gt=0)
+    coefficient: float = Field(default=0.5, ge=0)
+    clip_range: float = Field(default=0.2, gt=0)
 
 
 ValueLoss = Annotated[SquaredValueLoss | ClippedValueLoss, Field(discriminator="type")]
@@ -255,7 +255,7 @@ class TruncatedWeights(Config):
     """Multiply each action's loss by min(pi_old / mu, cap), mu being the generation engine."""
 
     type: Literal["truncated"] = "truncated"
-    cap: float = Field(2.0, gt=0)
+    cap: float = Field(default=2.0, gt=0)
     level: Literal["token", "sequence"] = "token"
 
 
@@ -263,8 +263,8 @@ class MaskedWeights(Config):
     """Multiply by pi_old / mu where it lies in [low, high], by 0 elsewhere (IcePop; at sequence level, MIS)."""
 
     type: Literal["masked"] = "masked"
-    low: float = Field(0.5, ge=0)
-    high: float = Field(5.0, gt=0)
+    low: float = Field(default=0.5, ge=0)
+    high: float = Field(default=5.0, gt=0)
     level: Literal["token", "sequence", "sequence_geometric_mean"] = "token"
 
     @model_validator(mode="after")
@@ -294,13 +294,13 @@ class AlgorithmConfig(Config):
     aggregation: Aggregation = TokenMean()
     value_loss: ValueLoss | None = None
     """None trains no critic."""
-    entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0)
     """Entropy bonus per action, aggregated as the surrogate is."""
     rollout_correction: RolloutCorrection | None = None
     """Importance weights against sampling_log_probs; None trusts the engine."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over one rollout."""
-    minibatches: int = Field(1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per pass."""
 
     @model_validator(mode="after")

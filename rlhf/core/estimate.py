@@ -13,7 +13,7 @@ from rlhf.core.algorithm import AlgorithmConfig, Gae, GroupRelative, KlInReward,
 from rlhf.core.corrections import correction_weights
 from rlhf.core.kl import kl_estimate
 from rlhf.core.masking import Reduce, identity, standardize
-from rlhf.core.types import Experience, Rollout
+from rlhf.core.types import Experience, Rollout, present
 from rlhf.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def estimate(
     rollout = _blank_masked(rollout)
     rewards = rollout.rewards
     if isinstance(algorithm.kl, KlInReward):
-        penalty = kl_estimate(rollout.old_log_probs, rollout.ref_log_probs, estimator=algorithm.kl.estimator)
+        penalty = kl_estimate(rollout.old_log_probs, present(rollout.ref_log_probs), estimator=algorithm.kl.estimator)
         rewards = rewards - kl_coef * penalty
     advantages, returns = _advantages(rollout, rewards, algorithm, reduce)
     experience = Experience(
@@ -92,7 +92,7 @@ def _advantages(
         case Gae(discount=discount, gae_lambda=gae_lambda):
             return gae(
                 rewards,
-                rollout.values,
+                present(rollout.values),
                 next_values=_next_values(rollout),
                 episode_ends=ends,
                 mask=mask,
@@ -103,15 +103,19 @@ def _advantages(
             returns = n_step_returns(
                 rewards, next_values=_next_values(rollout), episode_ends=ends, mask=mask, discount=discount, n=n
             )
-            return torch.where(mask, returns - rollout.values, 0.0), returns
+            return torch.where(mask, returns - present(rollout.values), 0.0), returns
         case RewardsToGo(discount=discount, baseline=baseline):
             tail = _next_values(rollout) if baseline == "value" else None
             returns = rewards_to_go(rewards, episode_ends=ends, mask=mask, discount=discount, next_values=tail)
-            return (torch.where(mask, returns - rollout.values, 0.0) if baseline == "value" else returns), returns
+            return (
+                torch.where(mask, returns - present(rollout.values), 0.0) if baseline == "value" else returns
+            ), returns
         case GroupRelative(scale=scale, epsilon=epsilon):
-            by_row = group_relative(rewards.sum(1), rollout.group_ids, scale=scale, epsilon=epsilon, reduce=reduce)
+            by_row = group_relative(
+                rewards.sum(1), present(rollout.group_ids), scale=scale, epsilon=epsilon, reduce=reduce
+            )
         case LeaveOneOut():
-            by_row = leave_one_out(rewards.sum(1), rollout.group_ids)
+            by_row = leave_one_out(rewards.sum(1), present(rollout.group_ids))
         case _:
             assert_never(algorithm.advantages)
     return torch.where(mask, by_row.unsqueeze(1), 0.0), None
@@ -120,7 +124,7 @@ def _advantages(
 def _next_values(rollout: Rollout) -> Tensor:
     if rollout.next_values is not None:
         return rollout.next_values
-    return carry_values(rollout.values, rollout.action_mask, episode_ends=rollout.episode_ends)
+    return carry_values(present(rollout.values), rollout.action_mask, episode_ends=rollout.episode_ends)
 
 
 def _weights(rollout: Rollout, algorithm: AlgorithmConfig) -> Tensor | None:
@@ -128,7 +132,7 @@ def _weights(rollout: Rollout, algorithm: AlgorithmConfig) -> Tensor | None:
         return None
     return correction_weights(
         rollout.old_log_probs,
-        rollout.sampling_log_probs,
+        present(rollout.sampling_log_probs),
         rollout.action_mask,
         correction=algorithm.rollout_correction,
     )

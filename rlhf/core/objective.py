@@ -24,7 +24,7 @@ from rlhf.core.algorithm import (
 from rlhf.core.kl import kl_estimate
 from rlhf.core.masking import masked_sum
 from rlhf.core.ratios import importance_ratio
-from rlhf.core.types import Experience, PolicyOutput
+from rlhf.core.types import Experience, PolicyOutput, present
 from rlhf.core.values import clipped_value_loss, squared_value_loss
 from rlhf.errors import ConfigError, ModelError
 
@@ -113,9 +113,7 @@ class Objective:
         value_losses = self._value_losses(output, experience, clip_scale)
         return LossSums(
             policy=aggregate(losses, mask, self.algorithm.aggregation),
-            value=losses.new_zeros(())
-            if value_losses is None
-            else self.algorithm.value_loss.coefficient * masked_sum(value_losses, mask),
+            value=losses.new_zeros(()) if value_losses is None else self._value_sum(value_losses, mask),
             metrics=self._metrics(output, experience, ratio, losses, value_losses, clip_scale),
         )
 
@@ -148,8 +146,12 @@ class Objective:
             # The actions were drawn from the old policy, so it takes the place of pi in the estimator.
             return kl_estimate(experience.old_log_probs, log_probs, estimator=kl.estimator)
         return kl_estimate(
-            log_probs, experience.ref_log_probs, estimator=kl.estimator, old_log_probs=experience.old_log_probs
+            log_probs, present(experience.ref_log_probs), estimator=kl.estimator, old_log_probs=experience.old_log_probs
         )
+
+    def _value_sum(self, value_losses: Tensor, mask: Tensor) -> Tensor:
+        assert self.algorithm.value_loss is not None
+        return self.algorithm.value_loss.coefficient * masked_sum(value_losses, mask)
 
     def _value_losses(self, output: PolicyOutput, experience: Experience, clip_scale: float) -> Tensor | None:
         if self.algorithm.value_loss is None:
@@ -162,12 +164,12 @@ class Objective:
             )
         match self.algorithm.value_loss:
             case SquaredValueLoss():
-                return squared_value_loss(output.values, experience.returns)
+                return squared_value_loss(output.values, present(experience.returns))
             case ClippedValueLoss(clip_range=clip_range):
                 return clipped_value_loss(
                     output.values,
-                    experience.returns,
-                    old_values=experience.old_values,
+                    present(experience.returns),
+                    old_values=present(experience.old_values),
                     clip_range=clip_range * clip_scale,
                 )
             case _:
@@ -194,7 +196,7 @@ class Objective:
             self._is_clipped(ratio, experience.advantages, clip_scale),
         ]
         if self.algorithm.needs_reference:
-            columns.append(output.log_probs - experience.ref_log_probs)
+            columns.append(output.log_probs - present(experience.ref_log_probs))
         if value_losses is not None:
             columns.append(value_losses)
         return torch.where(experience.action_mask, torch.stack(columns), 0.0).sum(dim=(1, 2))

@@ -145,8 +145,11 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     merged = dict(base)
     for key, change in changes.items():
         current = merged.get(key)
-        both_are_groups = isinstance(current, Mapping) and isinstance(change, Mapping)
-        if both_are_groups and change.get("type") in (None, current.get("type")):
+        if (
+            isinstance(current, Mapping)
+            and isinstance(change, Mapping)
+            and change.get("type") in (None, current.get("type"))
+        ):
             merged[key] = _merge(current, change)
         else:
             merged[key] = change

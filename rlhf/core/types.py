@@ -128,6 +128,12 @@ class Experience:
         return replace(self, **changes)
 
 
+def present(tensor: Tensor | None) -> Tensor:
+    """A tensor that earlier checks have made sure is there."""
+    assert tensor is not None, "an optional tensor is missing; estimate() refuses rollouts that lack what is needed"
+    return tensor
+
+
 def _check_rows(batch: Rollout | Experience) -> None:
     """Refuse tensors whose row or time axis disagrees with the mask: a silent broadcast trains on garbage."""
     rows, steps = batch.action_mask.shape
