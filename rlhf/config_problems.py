@@ -31,7 +31,7 @@ class _Place:
     @property
     def types(self) -> list[str]:
         """The `type` of each branch, where the choices are a union told apart by it."""
-        return _types_of(self.choices)
+        return types_of(self.choices)
 
 
 def describe_problems(schema: type[BaseModel], error: ValidationError) -> list[str]:
@@ -101,9 +101,9 @@ def _locate(schema: type[BaseModel], location: Sequence[int | str]) -> _Place:
             continue
         (choice,), union = choices or (None,), []
         if _is_model(choice) and part in choice.model_fields:
-            choices = list(_choices_in(choice.model_fields[part].annotation))
+            choices = list(choices_in(choice.model_fields[part].annotation))
         elif get_origin(choice) in (list, tuple, set, frozenset, dict):
-            choices = [c for argument in get_args(choice)[-1:] for c in _choices_in(argument)]
+            choices = [c for argument in get_args(choice)[-1:] for c in choices_in(argument)]
         elif not isinstance(part, int) and (part == "[key]" or part.endswith("]")):
             continue  # pydantic's own marks, such as function-before[...]
         path.append(str(part))
@@ -117,7 +117,8 @@ def _is_branch(choice: Any, part: int | str) -> bool:
     return isinstance(part, str) and part.split("[")[0] == getattr(get_origin(choice) or choice, "__name__", None)
 
 
-def _types_of(choices: Iterable[Any]) -> list[str]:
+def types_of(choices: Iterable[Any]) -> list[str]:
+    """The `type` of each config among the members of a union that is told apart by it."""
     models = [choice for choice in choices if _is_model(choice)]
     return [model.model_fields["type"].default for model in models if "type" in model.model_fields]
 
@@ -126,21 +127,21 @@ def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _choices_in(annotation: Any) -> Iterator[Any]:
+def choices_in(annotation: Any) -> Iterator[Any]:
     """The members of a union, through `Annotated`, without None."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _choices_in(get_args(annotation)[0])
+        yield from choices_in(get_args(annotation)[0])
     elif origin in (Union, types.UnionType):
         for argument in get_args(annotation):
-            yield from _choices_in(argument)
+            yield from choices_in(argument)
     elif annotation is not type(None):
         yield annotation
 
 
 def _hint(schema: type[BaseModel], place: _Place, path: tuple[str, ...]) -> str:
     """The branch that has this key, the nearest key here, the same key elsewhere, or all keys here."""
-    owners = _types_of(choice for choice in place.union if _is_model(choice) and path[-1] in choice.model_fields)
+    owners = types_of(choice for choice in place.union if _is_model(choice) and path[-1] in choice.model_fields)
     if owners:
         return f"it belongs to type {' or '.join(map(repr, owners))}, not {place.types[0]!r}"
     known = sorted({key for choice in place.choices if _is_model(choice) for key in choice.model_fields})
@@ -157,7 +158,7 @@ def _hint(schema: type[BaseModel], place: _Place, path: tuple[str, ...]) -> str:
 def _all_paths(model: type[BaseModel], prefix: str = "", seen: tuple[type, ...] = ()) -> Iterator[str]:
     for key, field in model.model_fields.items():
         yield prefix + key
-        for choice in _choices_in(field.annotation):
+        for choice in choices_in(field.annotation):
             if _is_model(choice) and choice not in seen:
                 yield from _all_paths(choice, f"{prefix}{key}.", (*seen, model))
 

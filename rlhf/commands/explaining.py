@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from rlhf.config_problems import choices_in, types_of
 from rlhf.config_yaml import Dumper
 
 WIDTH = 110
@@ -23,14 +25,25 @@ def _lines(config: BaseModel, *, indent: str) -> Iterator[str]:
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         told = field.description or (type(value).__doc__ or "").partition("\n\n")[0] * isinstance(value, BaseModel)
-        if told and name != "type":
-            comment = " ".join(told.split())
+        comment = " ".join([*told.split(), *_alternatives(field)])
+        if comment and name != "type":
             yield from textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
         if isinstance(value, BaseModel) and type(value).model_fields:
             yield f"{indent}{name}:"
             yield from _lines(value, indent=indent + "  ")
         else:
             yield from textwrap.indent(_dump({name: config.model_dump(mode="json")[name]}), indent).splitlines()
+
+
+def _alternatives(field: FieldInfo) -> Iterator[str]:
+    """What else may stand here, where that is a list of words."""
+    choices = list(choices_in(field.annotation))
+    types = types_of(choices)
+    words = [str(word) for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
+    if len(types) > 1:
+        yield f"[types: {', '.join(types)}]"
+    elif len(words) > 1:
+        yield f"[{' | '.join(words)}]"
 
 
 def _dump(settings: dict[str, Any]) -> str:
