@@ -17,7 +17,7 @@ class PipelineConfig(Config):
 
     stages: list[Stage] = Field(min_length=1)
     columns: dict[str, list[str]]
-    """Column of the final table -> metrics; the first that a stage reports is shown."""
+    """Column of the final table -> metrics; the first that a stage reports is shown. `stage:metric` is of one stage."""
     panels: list[Panel] = []
     """Panels of the figure, side by side."""
     run: RunConfig = RunConfig()

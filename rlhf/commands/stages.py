@@ -44,9 +44,10 @@ class StageResult:
     seconds: float
 
     def first(self, names: list[str]) -> float | None:
-        """The first of these metrics that the stage reports."""
+        """The first of these metrics that the stage reports; `stage:metric` speaks of one stage only."""
         metrics = {**self.metrics, "seconds": self.seconds}
-        return next((metrics[name] for name in names if metrics.get(name) is not None), None)
+        own = [name.removeprefix(f"{self.stage.name}:") for name in names]
+        return next((metrics[name] for name in own if metrics.get(name) is not None), None)
 
 
 def run_stage(stage: Stage, directory: Path, run: RunConfig) -> StageResult:
