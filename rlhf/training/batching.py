@@ -144,25 +144,27 @@ def cut_microbatches(lengths: Sequence[int], limits: MicrobatchLimits) -> tuple[
     return (*sizes, count) if count else tuple(sizes)
 
 
-def plan_epoch(
+def plan_epochs(
     experience: Experience,
     shard: Shard,
     *,
     accelerator: Accelerator,
     generator: torch.Generator,
+    epochs: int,
     minibatches: int,
     limits: MicrobatchLimits,
     lengths: Tensor | None,
     denominators: Callable[[Tensor], Tensor],
-) -> Epoch:
-    """Draw one epoch's minibatches, cut them, and count what they hold over all processes, in one collective.
+) -> list[Epoch]:
+    """Draw the minibatches of all epochs, cut them, and count what they hold over all processes, in one collective.
 
     Args:
         experience: The own rows.
         shard: Where they stand among all.
         accelerator: Whose processes take part.
         generator: CPU generator in the same state on all processes.
-        minibatches: Optimizer steps in this epoch.
+        epochs: Passes over the rows.
+        minibatches: Optimizer steps per pass.
         limits: What fits into one forward.
         lengths: [B] tokens per row on the CPU; rows are sorted by them inside a minibatch so that trimming pays.
         denominators: `Objective.denominators`, of a mask [n, T].
@@ -170,20 +172,22 @@ def plan_epoch(
     Raises:
         TrainingError: A row that fits into no microbatch.
     """
-    parts, order = _draw(shard, generator=generator, minibatches=minibatches, lengths=lengths)
+    drawn = [_draw(shard, generator=generator, minibatches=minibatches, lengths=lengths) for _ in range(epochs)]
+    parts = [part for parts, _ in drawn for part in parts]
     sizes = [_cut(part, lengths, limits, positions=experience.action_mask.shape[1]) for part in parts]
-    device = experience.action_mask.device
-    mask = experience.action_mask if order is None else experience.action_mask[order.to(device)]
-    everywhere = gather_stack(accelerator, _count(mask, parts, sizes, denominators))  # [P, M, 3]
+    everywhere = gather_stack(accelerator, _count(experience.action_mask, parts, sizes, denominators))  # [P, E M, 3]
     most = everywhere[:, :, 2].amax(0).long().tolist()
     totals = everywhere[:, :, :2].sum(0)
-    divisors, actions = totals.float().to(device).unbind(0), totals[:, 1].tolist()
-    planned, start = [], 0
-    for index, part in enumerate(parts):
-        stop, fillers = start + len(part), most[index] - len(sizes[index])
-        planned.append(Minibatch(start, stop, sizes[index], fillers, divisors[index], int(actions[index])))
-        start = stop
-    return Epoch(order=order, minibatches=planned)
+    divisors, actions = totals.float().to(experience.action_mask.device).unbind(0), totals[:, 1].tolist()
+    planned = []
+    for epoch, (_, order) in enumerate(drawn):
+        steps, start = [], 0
+        for index in range(epoch * minibatches, (epoch + 1) * minibatches):
+            stop, fillers = start + len(parts[index]), most[index] - len(sizes[index])
+            steps.append(Minibatch(start, stop, sizes[index], fillers, divisors[index], int(actions[index])))
+            start = stop
+        planned.append(Epoch(order=order, minibatches=steps))
+    return planned
 
 
 def _draw(
@@ -191,13 +195,16 @@ def _draw(
 ) -> tuple[list[Tensor], Tensor | None]:
     """The own rows of each minibatch, and all of them in order; None where that is the order they have."""
     if minibatches == 1:
-        parts = [torch.arange(shard.rows)]  # the order inside a minibatch changes no gradient
-    else:
-        permutation = torch.randperm(shard.total, generator=generator)
-        parts = local_minibatches(permutation, shard, minibatches=minibatches)
-    if lengths is not None:
-        parts = [part[lengths[part].argsort(descending=True, stable=True)] for part in parts]
-    return parts, None if minibatches == 1 and lengths is None else torch.cat(parts)
+        if lengths is None:  # the order inside a minibatch changes no gradient
+            return [torch.arange(shard.rows)], None
+        order = lengths.argsort(descending=True, stable=True)
+        return [order], order
+    permutation = torch.randperm(shard.total, generator=generator)
+    parts = local_minibatches(permutation, shard, minibatches=minibatches)
+    if lengths is None:
+        return parts, permutation if shard.rows == shard.total else torch.cat(parts)
+    parts = [part[lengths[part].argsort(descending=True, stable=True)] for part in parts]
+    return parts, torch.cat(parts)
 
 
 def _cut(part: Tensor, lengths: Tensor | None, limits: MicrobatchLimits, *, positions: int) -> tuple[int, ...]:
@@ -212,10 +219,11 @@ def _count(
 ) -> Tensor:
     """[M, 3] float64: the two denominators of the own rows, and how many microbatches they make."""
     if bool(mask.all()):  # as always where single actions are shuffled: only the number of rows matters
-        by_rows = {len(part): denominators(mask[: len(part)]) for part in parts}
-        own = [by_rows[len(part)] for part in parts]
+        rows = [len(part) for part in parts]
+        by_rows = {count: denominators(mask[:count]) for count in set(rows)}
+        own = [by_rows[count] for count in rows]
     else:
-        own = [denominators(piece) for piece in mask.split([len(part) for part in parts])]
+        own = [denominators(mask[part.to(mask.device)]) for part in parts]
     cuts = torch.tensor([[float(len(size))] for size in sizes], dtype=torch.float64)
     return torch.cat([torch.stack(own).double().cpu(), cuts], dim=1)
 

@@ -24,7 +24,7 @@ from rlhf.training.batching import (
     clear_masked,
     make_shard,
     masked_filler,
-    plan_epoch,
+    plan_epochs,
     rows_between,
 )
 from rlhf.training.diagnosis import non_finite_error
@@ -148,9 +148,7 @@ class Learner:
     ) -> tuple[Experience, Epoch]:
         """All optimizer steps; returns the last epoch's rows in their order, and its plan."""
         shard = make_shard(self.accelerator, len(experience), minibatches=self.algorithm.minibatches)
-        lengths = self._lengths(experience)
-        for epoch in range(self.algorithm.epochs):
-            plan = self._plan(experience, shard, lengths)
+        for epoch, plan in enumerate(self._plan(experience, shard)):
             rows = experience if plan.order is None else experience.select(plan.order.to(experience.actions.device))
             tally.start_epoch()
             for index, minibatch in enumerate(plan.minibatches):
@@ -173,15 +171,16 @@ class Learner:
                 tally.step()
         return rows, plan
 
-    def _plan(self, experience: Experience, shard: Shard, lengths: Tensor | None) -> Epoch:
-        return plan_epoch(
+    def _plan(self, experience: Experience, shard: Shard) -> list[Epoch]:
+        return plan_epochs(
             experience,
             shard,
             accelerator=self.accelerator,
             generator=self._generator,
+            epochs=self.algorithm.epochs,
             minibatches=self.algorithm.minibatches,
             limits=self._limits,
-            lengths=lengths,
+            lengths=self._lengths(experience),
             denominators=self.objective.denominators,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -71,26 +73,46 @@ def refuse_dropout(policy: nn.Module) -> None:
             )
 
 
-def policy_state(policy: nn.Module) -> dict[str, Tensor]:
-    """Return the policy's state on the CPU; copies, because views of a flat tensor would save all of it each."""
-    return {name: whole(tensor).detach().cpu().clone() for name, tensor in policy.state_dict().items()}
+def policy_state(policy: nn.Module) -> dict[str, Any]:
+    """Return what a checkpoint keeps of a policy, on the CPU.
+
+    Frozen parameters (the model under a LoRA adapter) are not stored: they come back from where they came from. A
+    fingerprint of each tells on loading whether they did.
+
+    Returns:
+        "learned": {name: tensor} of trainable parameters and buffers; "frozen": {name: fingerprint}.
+    """
+    learned: dict[str, Tensor] = {}
+    frozen: dict[str, float] = {}
+    for name, tensor in policy.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            frozen[name] = _fingerprint(tensor)
+        else:  # a copy, because a view of a flat tensor would save all of it
+            learned[name] = whole(tensor.detach()).cpu().clone()
+    return {"learned": learned, "frozen": frozen}
 
 
-def load_policy_state(policy: nn.Module, saved: dict[str, Tensor]) -> None:
+def load_policy_state(policy: nn.Module, saved: dict[str, Any]) -> None:
     """Copy a saved state into the policy's own tensors.
 
     Raises:
-        ConfigError: It has other names or shapes.
+        ConfigError: It has other names, shapes, or frozen weights.
     """
-    own = policy.state_dict()
-    different = [name for name in {**own, **saved} if name not in own or name not in saved]
-    different += [name for name in own if name in saved and own[name].shape != saved[name].shape]
+    own, learned, frozen = policy.state_dict(keep_vars=True), saved["learned"], saved["frozen"]
+    different = [name for name in {**own, **learned, **frozen} if name not in own or name not in {**learned, **frozen}]
+    different += [name for name in learned if name in own and own[name].shape != learned[name].shape]
+    different += [name for name in frozen if name in own and _fingerprint(own[name]) != frozen[name]]
     if different:
         raise ConfigError(
             "the checkpoint's weights belong to another policy",
             got=", ".join(sorted(different)[:5]),
-            remedy="Resume with the model settings that the run was started with.",
+            remedy="Resume with the model and settings that the run was started with.",
         )
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(place_like(saved[name], tensor))
+        for name, tensor in learned.items():
+            own[name].copy_(place_like(tensor, own[name]))
+
+
+def _fingerprint(tensor: Tensor) -> float:
+    """A float64 sum: equal for equal weights on one machine, and next to never for different ones."""
+    return whole(tensor.detach()).double().sum().item()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 
-from rlhf.config import Config, dump_yaml, read_yaml
+from rlhf.config import Config
 from rlhf.core.types import Rollout
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.training.checkpoints import CheckpointStore, write_atomically
@@ -38,13 +37,12 @@ from rlhf.training.distributed import (
     seed_everything,
     set_random_state,
 )
-from rlhf.training.environment import describe_environment, package_versions
+from rlhf.training.environment import package_versions
 from rlhf.training.metrics import ConsoleLog, JsonLines, Trackers, flatten_settings, jsonable, require_trackers
 from rlhf.training.run_config import RunConfig
+from rlhf.training.run_directory import prepare_directory
 
 CONFIG_NAME_VARIABLE = "RLHF_CONFIG_NAME"
-DESCRIPTION = ("config.yaml", "environment.json")
-RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "trackers")
 RUN_STATE = "run"
 
 
@@ -112,50 +110,18 @@ class Run:
         self._seconds_before, self._started = 0.0, time.monotonic()
         seed_everything(run.seed)
         require_trackers(run.trackers)
-        on_main_process_first_failing(self.accelerator, self._prepare_directory)
+        on_main_process_first_failing(
+            self.accelerator,
+            lambda: prepare_directory(
+                self.directory,
+                config=run,
+                resolved=resolved,
+                processes=self.accelerator.num_processes,
+                say=self._console.say,
+            ),
+        )
         self._resumed_from = self._store.latest() if run.resume else None
         self._resume()
-
-    # --- the directory --------------------------------------------------------------------------------------------
-
-    def _prepare_directory(self) -> None:
-        """Make or check the directory; on the main process only."""
-        described = [name for name in DESCRIPTION if (self.directory / name).exists()]
-        earlier = [name for name in RESULTS if (self.directory / name).exists()]
-        if self.config.overwrite:
-            for name in (*described, *earlier):
-                path = self.directory / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif not self.config.resume and (earlier or len(described) == 1):
-            # Both descriptions without a result are what a run leaves that failed before its first iteration.
-            raise ConfigError(
-                "the run directory holds an earlier run",
-                where=str(self.directory),
-                got=", ".join((*described, *earlier)),
-                remedy="Give another run.directory, go on with run.resume=true, or start over with run.overwrite=true.",
-            )
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"the run directory cannot be made: {error.strerror}", where=str(self.directory)
-            ) from error
-        self._write_config()
-        environment = describe_environment(processes=self.accelerator.num_processes)
-        write_atomically(self.directory / "environment.json", json.dumps(environment, indent=2) + "\n")
-
-    def _write_config(self) -> None:
-        """Write config.yaml; where a resumed run changes settings, keep the earlier ones beside it and say so."""
-        path, text = self.directory / "config.yaml", dump_yaml(self._resolved)
-        if path.exists():
-            before, now = flatten_settings(read_yaml(path)), flatten_settings(self._resolved.model_dump(mode="json"))
-            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-            changed = [key for key in changed if key not in ("run.resume", "run.overwrite", "resume", "overwrite")]
-            if changed:
-                number = len(list(self.directory.glob("config_before_*.yaml"))) + 1
-                path.rename(self.directory / f"config_before_{number}.yaml")
-                self._console.say(f"settings differ from those the run was started with: {', '.join(sorted(changed))}")
-        write_atomically(path, text)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

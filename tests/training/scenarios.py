@@ -1,5 +1,6 @@
 """What the two-process test trains: the same function makes the rows of one process of two, or of one alone."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,3 +73,41 @@ def train(scenario, *, rank, accelerator=None):
     for _ in range(2):
         metrics = learner.update(experience, kl_coef=0.1)
     return {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}, metrics
+
+
+def run_whole_and_resumed(folder, accelerator):
+    """A run of 5 iterations, and one that was stopped after the fourth and resumed from the third."""
+    from small_worlds import GuessingGame
+
+    from rlhf.config import Config
+    from rlhf.errors import ConfigError
+    from rlhf.training import Run, RunConfig, optimize_policy
+
+    class Recipe(Config):
+        iterations: int = 5
+
+    class Stopping(GuessingGame):
+        def collect(self):
+            if self.collected == 4:
+                raise KeyboardInterrupt
+            return super().collect()
+
+    def train_in(name, kind=GuessingGame, **settings):
+        config = RunConfig(directory=f"{folder}/{name}", checkpoint_every=3, **settings)
+        run = Run(config, resolved=Recipe(), iterations=5, accelerator=accelerator)
+        policy = ActorCritic(seed=1)
+        learner = Learner(policy, change("ppo_kl"), UpdateConfig(learning_rate=1e-2), accelerator=accelerator)
+        collector = kind(policy)
+        optimize_policy(collector, learner, run)
+        return policy.state_dict(), collector.collected
+
+    whole, _ = train_in("whole")
+    refused = False
+    try:
+        train_in("whole")
+    except ConfigError:
+        refused = True
+    with suppress(KeyboardInterrupt):
+        train_in("parts", Stopping)
+    parts, collected = train_in("parts", resume=True)
+    return {"whole": dict(whole), "parts": dict(parts), "collected": collected, "refused": refused}

@@ -353,8 +353,8 @@ def test_a_state_goes_on_flat_or_not(saved_flat, loaded_flat, optimizer):
 def test_the_state_is_per_parameter_and_shares_no_storage(flatten):
     learner, _ = updated(ActorCritic(), change("ppo"), UpdateConfig(flatten_parameters=flatten), make_experience())
     state = learner.state_dict()
-    assert state["policy"].keys() == dict(ActorCritic().state_dict()).keys()
-    for name, tensor in state["policy"].items():
+    assert state["policy"]["learned"].keys() == dict(ActorCritic().state_dict()).keys()
+    for name, tensor in state["policy"]["learned"].items():
         assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
         assert state["optimizer"][name]["exp_avg"].shape == tensor.shape
         assert state["optimizer"][name]["step"].item() == 16
@@ -389,3 +389,20 @@ def test_frozen_parameters_stay_where_they_are():
     after = weights(policy)
     assert_same({k: v for k, v in before.items() if "critic" in k}, after, rtol=0, atol=0)
     assert not torch.equal(before["actor.0.weight"], after["actor.0.weight"])
+
+
+def test_frozen_parameters_are_not_stored_but_recognised():
+    def learner(seed):
+        policy = ActorCritic(seed=seed)
+        policy.actor[0].requires_grad_(False)  # as the model under an adapter
+        return Learner(policy, change("ppo"), UpdateConfig())
+
+    first = learner(0)
+    first.update(make_experience())
+    state = first.state_dict()
+    assert "actor.0.weight" not in state["policy"]["learned"]
+    same = learner(0)
+    same.load_state_dict(state)
+    assert_same(weights(first.policy), weights(same.policy), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"another policy; got 'actor.0.bias, actor.0.weight'"):
+        learner(1).load_state_dict(state)

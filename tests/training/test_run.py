@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
 from small_worlds import ActorCritic, GuessingGame
 
 from rlhf.config import Config, load_config
@@ -121,8 +123,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(tmp_path, preset, fla
     assert resumed.run.completed == 4
     resumed.train()
     assert resumed.collector.collected == 6
-    for name, tensor in whole.learner.state_dict()["policy"].items():
-        assert torch.equal(tensor, resumed.learner.state_dict()["policy"][name]), name
+    for name, tensor in whole.policy.state_dict().items():
+        assert torch.equal(tensor, resumed.policy.state_dict()[name]), name
     for name in ("metrics", "samples"):
         expected = [timeless(line) for line in lines(tmp_path / "whole" / f"{name}.jsonl")]
         assert [timeless(line) for line in lines(tmp_path / "parts" / f"{name}.jsonl")] == expected
@@ -173,7 +175,7 @@ def test_the_best_checkpoint_stays_and_can_be_restored(tmp_path, best_is, iterat
     seen = {}
 
     def evaluate():
-        seen[len(seen) + 1] = trainer.learner.state_dict()["policy"]["actor.0.bias"]
+        seen[len(seen) + 1] = trainer.policy.actor[0].bias.detach().clone()
         return {"score": scores[len(seen)]}
 
     trainer.run.evaluate = evaluate
@@ -222,6 +224,39 @@ def test_someone_elses_config_is_not_overwritten(tmp_path):
 def test_resume_and_overwrite_contradict_each_other():
     with pytest.raises(ValueError, match="choose one"):
         RunConfig(resume=True, overwrite=True)
+
+
+def test_trackers_get_every_number(tmp_path, monkeypatch):
+    sent = []
+
+    class Remembering(GeneralTracker):
+        name, requires_logging_directory = "aim", True
+
+        def __init__(self, run_name, logging_dir):
+            super().__init__()
+            sent.append((run_name, logging_dir))
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values):
+            sent.append(values)
+
+        def log(self, values, step=None):
+            sent.append((step, values))
+
+        def finish(self):
+            sent.append("finished")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "aim", Remembering)
+    monkeypatch.setattr("rlhf.training.metrics.get_available_trackers", lambda: ["aim"])
+    Trainer(tmp_path, trackers=["aim"], iterations=3, log_every=2).train()
+    assert sent[0] == ("guessing", tmp_path / "trackers")
+    assert sent[1]["run.log_every"] == 2
+    assert [entry[0] for entry in sent[2:4]] == [2, 3]
+    assert "approx_kl" in sent[2][1]
+    assert sent[4:] == ["finished"]
 
 
 @pytest.mark.parametrize(("name", "message"), [("tensorbord", "no such tracker"), ("aim", "not installed")])

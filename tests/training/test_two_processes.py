@@ -1,5 +1,7 @@
 """Two processes over gloo give the weights of one process that holds all rows."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +29,12 @@ def outcomes(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {
-        name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in (0, 1)] for name in SCENARIOS
-    }
+        name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for name in [*SCENARIOS, "run"]
+    } | {"folder": folder}
 
 
 def _environment():
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -57,3 +58,20 @@ def test_two_processes_report_the_metrics_of_one(outcomes, name):
 
 def test_the_early_stop_happened(outcomes):
     assert 0 < outcomes["gym_early_stop"][0]["metrics"]["epochs_run"] < 8
+
+
+def test_a_run_of_two_processes_resumes_bit_by_bit(outcomes):
+    for outcome in outcomes["run"]:
+        assert outcome["refused"], "both processes refuse a directory that is taken"
+        for name, weights in outcome["whole"].items():
+            assert torch.equal(weights, outcome["parts"][name]), name
+    assert [outcome["collected"] for outcome in outcomes["run"]] == [5, 5]
+
+
+def test_only_the_main_process_writes(outcomes):
+    for name in ("whole", "parts"):
+        folder = outcomes["folder"] / name
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5]
+        assert records[0]["rows"] == 12, "6 rows from each process"
+        assert json.loads((folder / "environment.json").read_text())["processes"] == 2
