@@ -155,6 +155,7 @@ def test_a_crash_of_ours_shows_its_traceback(folder):
         (["toy.py", "--config", "other.yaml"], "other.yaml: no such config file"),
         (["toy.py", "--config", "first", "xx=1"], "first.yaml with overrides: xx: unknown key; did you mean 'x'?"),
         (["toy.py", "x=much"], "overrides: x: got 'much', expected a valid number"),
+        (["toy.py", "x=much"], "Or start from one of its configs with --config: first, second."),
         (["toy.py", "x"], "not an override; got 'x'; expected a.b.c=value"),
         (["toy.py", "--seeds", "0,a"], "--seeds is not a list of integers; got '0,a'"),
         (["toy.py", "--seeds", "0,0"], "--seeds names a seed twice"),

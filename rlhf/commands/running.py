@@ -19,7 +19,7 @@ import typer
 from rlhf.commands.recipes import Recipe, find_config, find_recipe, import_recipe
 from rlhf.commands.tables import make_table
 from rlhf.config import Config, load_config
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError, UserError
 
 CONFIG_NAME_VARIABLE = "RLHF_CONFIG_NAME"
 """Environment variable that tells a run which config it was started from; it is part of the default run directory."""
@@ -56,7 +56,13 @@ class Request:
     def load(self) -> tuple[ModuleType, Config]:
         """Import the recipe and validate its config."""
         module = import_recipe(self.recipe)
-        return module, load_config(module.CONFIG, self.config, self.overrides)
+        try:
+            return module, load_config(module.CONFIG, self.config, self.overrides)
+        except ConfigError as error:
+            if self.config is not None or not self.recipe.configs:
+                raise
+            remedy = f"Or start from one of its configs with --config: {', '.join(self.recipe.configs)}."
+            raise ConfigError(error.what, where=error.where, remedy=remedy) from error
 
     def arguments(self) -> list[str]:
         """The command-line arguments that repeat this request, after the recipe."""
