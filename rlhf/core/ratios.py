@@ -27,7 +27,8 @@ def importance_ratio(
 
     token: `rho_t = pi(a_t) / pi_old(a_t)`. sequence_geometric_mean: `exp(mean_t log rho_t)` (GSPO).
     sequence_product: `prod_t rho_t`, the exact importance weight of the whole row. Row ratios are repeated along T,
-    so that every surrogate and aggregation reads the same shape; their gradient reaches every action of the row.
+    so that every surrogate and aggregation reads the same shape; their gradient reaches every action of the row, so
+    that advantages which differ within a row act through their mean.
     Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347; Zheng et al. 2025, https://arxiv.org/abs/2507.18071.
 
     Args:

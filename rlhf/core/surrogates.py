@@ -1,6 +1,7 @@
 """Policy surrogates: what is maximised per action.
 
-Each returns the gain [B, T] whose mean is to grow; at ratio 1 every one has the gradient of the plain policy gradient.
+Each returns the gain [B, T] whose mean is to grow; at token ratios of 1 every one has the gradient of the plain policy
+gradient. (For a row's ratio see `importance_ratio`.)
 """
 
 from __future__ import annotations

@@ -282,3 +282,14 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(settings, divide
     ]
     expected = torch.where(MASK, -advantages * weight, 0.0)
     assert torch.allclose(log_probs.grad, expected, atol=1e-12)
+
+
+def test_a_rows_ratio_averages_advantages_that_differ_within_the_row():
+    """At ratio 1: d loss / d log pi_t = -mean_s(A_s) / (B length), so that credit per action is lost."""
+    log_probs = OLD.clone().requires_grad_()
+    advantages = torch.tensor([[3.0, -1.0], [2.0, 0.0]], dtype=torch.float64)
+    objective = Objective(rows(ratio="sequence_geometric_mean", aggregation=SequenceMean(), surrogate=Unclipped()))
+    sums = objective(PolicyOutput(log_probs, ENTROPY, None), experience(advantages=advantages))
+    objective.loss(sums, objective.denominators(MASK)).backward()
+    # First row: mean advantage 1, length 2, two rows: -1/4 each. Second row: -2 / (2 * 1).
+    assert log_probs.grad.tolist() == [[-0.25, -0.25], [-1.0, 0.0]]
