@@ -34,8 +34,10 @@ class RewardModelRunConfig(Config):
     """A procedural task instead of data."""
     num_candidates: int = Field(4, ge=2)
     """Answers ranked per prompt of `task`."""
+    held_out_data: DataConfig | None = None
+    """Rankings to evaluate on; null holds out a share of `data`."""
     held_out: float = Field(0.1, gt=0, lt=1)
-    """Share of the rankings of `data` to evaluate on; the split does not depend on the run's seed."""
+    """That share; which rankings are held out does not depend on the run's seed."""
     chat_template: str | None = None
     """Jinja template for chat messages where the tokenizer has none, or to replace its own; saved with the model."""
     context_factor: float = Field(1.0, ge=1)
@@ -49,14 +51,18 @@ class RewardModelRunConfig(Config):
     def _check_source(self) -> Self:
         if (self.data is None) == (self.task is None):
             raise ValueError("set exactly one of `data` (rankings) and `task` (a procedural one)")
+        if self.task is not None and self.held_out_data is not None:
+            raise ValueError("a task brings its own held-out rankings; remove held_out_data")
         return self
 
 
 def load(config: RewardModelRunConfig) -> tuple[list[Ranking], list[Ranking], PreTrainedTokenizerBase]:
     """Return rankings to learn from, rankings held out, and the base model's tokenizer."""
     if config.data is not None:
-        rankings, held_out = split_holdout(load_rankings(config.data), fraction=config.held_out)
-        return rankings, held_out, load_tokenizer(config.model)
+        rankings = load_rankings(config.data)
+        if config.held_out_data is not None:
+            return rankings, load_rankings(config.held_out_data), load_tokenizer(config.model)
+        return *split_holdout(rankings, fraction=config.held_out), load_tokenizer(config.model)
     task = make_task(config.task or TaskConfig(name="vowel_words"))
     rankings = rank_random_answers(task, task.prompts, num_candidates=config.num_candidates, seed=0)
     held_out = rank_random_answers(task, task.held_out_prompts, num_candidates=config.num_candidates, seed=1)

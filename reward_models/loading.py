@@ -153,6 +153,13 @@ def extend_context(model: PreTrainedModel, factor: float) -> None:
     body.rotary_emb = type(body.rotary_emb)(config).to(model.device)
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Tokens that a model's embedding table has room for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
 def _configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Switch dropout off, fit the embedding to the tokenizer, and write what transformers must know."""
     for module in model.modules():
@@ -164,7 +171,7 @@ def _configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
     for name, value in model.config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             setattr(model.config, name, 0.0)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > embedding_rows(model):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -215,12 +222,8 @@ def prepare_tokenizer(
         tokenizer.chat_template = chat_template
     ends = end_token_ids(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
-        unknown = tokenizer.unk_token
-        reusable = unknown is not None and tokenizer.unk_token_id not in (
-            tokenizer.eos_token_id,
-            tokenizer.bos_token_id,
-        )
+        reusable = tokenizer.unk_token_id not in (None, *ends, tokenizer.bos_token_id)
         former = tokenizer.pad_token
-        tokenizer.add_special_tokens({"pad_token": unknown if reusable else PAD_TOKEN})
+        tokenizer.add_special_tokens({"pad_token": str(tokenizer.unk_token) if reusable else PAD_TOKEN})
         logger.info("reward model's tokenizer: pad token %r -> %r", former, tokenizer.pad_token)
     return tokenizer

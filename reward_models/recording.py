@@ -57,10 +57,10 @@ def optimize_reward_model(trainer: RankingTrainer, run: Run) -> dict[str, float]
         ConfigError: The run resumes, but the trainer has no checkpoint of that step.
         TrainingError: The loss is not finite.
     """
-    _place_checkpoints(trainer, run)
+    checkpoints = _place_checkpoints(trainer, run)
     checkpoint: Path | None = None
     if run.completed > 0:
-        checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{run.completed}"
+        checkpoint = checkpoints / f"checkpoint-{run.completed}"
         if not checkpoint.is_dir():
             raise ConfigError(
                 "the run has no model checkpoint of its last completed step",
@@ -74,13 +74,16 @@ def optimize_reward_model(trainer: RankingTrainer, run: Run) -> dict[str, float]
     except BaseException:
         run.stopped()
         raise
-    trainer.model.eval()
+    trainer.reward_model.eval()
     return run.finish(**trainer.counts, **{"train/loss": result.training_loss})
 
 
-def _place_checkpoints(trainer: RankingTrainer, run: Run) -> None:
-    trainer.args.output_dir = str(run.directory / "checkpoints" / TRAINER)
+def _place_checkpoints(trainer: RankingTrainer, run: Run) -> Path:
+    """Tell the trainer where and how often to save; return the folder."""
+    folder = run.directory / "checkpoints" / TRAINER
+    trainer.args.output_dir = str(folder)
     trainer.args.save_total_limit = run.config.keep_checkpoints
     if run.config.checkpoint_every > 0:
         trainer.args.save_strategy = SaveStrategy.STEPS
         trainer.args.save_steps = run.config.checkpoint_every
+    return folder

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_models.collation import encode_candidate
 from reward_models.evaluation import score_sequences
-from reward_models.loading import open_classifier, prepare_tokenizer
+from reward_models.loading import embedding_rows, open_classifier, prepare_tokenizer
 from reward_models.model import RewardModel
 from reward_models.trainer import RankingTrainer
 from rlhf.data.records import Text
@@ -89,10 +89,16 @@ class RewardModelScorer:
         folder: str | Path,
         *,
         batch_tokens: int = 16_384,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         dtype: str = "float32",
     ) -> Self:
         """Open a folder that `save_pretrained` wrote, or any one-label sequence-classification folder or hub id.
+
+        Args:
+            folder: The folder or hub id.
+            batch_tokens: Tokens, padding included, in one forward.
+            device: None takes this process's GPU where there is one, else the CPU.
+            dtype: Of the weights: float32, bfloat16 or auto; the head is computed in float32 in any case.
 
         Raises:
             ModelError: The folder is no reward model, or its tokenizer lacks an end token.
@@ -102,9 +108,11 @@ class RewardModelScorer:
             tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         except (OSError, KeyError) as error:
             raise ModelError("the reward model's folder has no tokenizer", where=str(folder)) from error
-        if len(tokenizer) > classifier.get_input_embeddings().weight.shape[0]:
+        if len(tokenizer) > embedding_rows(classifier):
             # Only where the pad token was just added: it is masked everywhere, so any id inside the table will do.
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         settings = getattr(classifier.config, SETTINGS, None) or {}
         return cls(RewardModel(classifier).to(device), tokenizer, batch_tokens=batch_tokens, **settings)
 
@@ -138,8 +146,8 @@ class RewardModelScorer:
         sequences = [
             self._encode(*pair, index=index) for index, pair in enumerate(zip(prompts, completions, strict=True))
         ]
-        pad_id = self.tokenizer.pad_token_id
-        return score_sequences(self.model, sequences, pad_id=pad_id, batch_tokens=self.batch_tokens).tolist()
+        # The filler is masked, so its id does not matter.
+        return score_sequences(self.model, sequences, pad_id=0, batch_tokens=self.batch_tokens).tolist()
 
     def _encode(self, prompt: Text, completion: Text, *, index: int) -> list[int]:
         ids, is_overlong = encode_candidate(
