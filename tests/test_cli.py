@@ -155,7 +155,6 @@ def test_a_crash_of_ours_shows_its_traceback(folder):
         (["toy.py", "--config", "other.yaml"], "other.yaml: no such config file"),
         (["toy.py", "--config", "first", "xx=1"], "first.yaml with overrides: xx: unknown key; did you mean 'x'?"),
         (["toy.py", "x=much"], "overrides: x: got 'much', expected a valid number"),
-        (["toy.py", "x=much"], "Or start from one of its configs with --config: first, second."),
         (["toy.py", "x"], "not an override; got 'x'; expected a.b.c=value"),
         (["toy.py", "--seeds", "0,a"], "--seeds is not a list of integers; got '0,a'"),
         (["toy.py", "--seeds", "0,0"], "--seeds names a seed twice"),
@@ -171,6 +170,15 @@ def test_mistakes_on_the_command_line(folder, arguments, sentence):
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_defaults_that_do_not_suffice_name_the_configs(folder):
+    (folder / "toy.py").write_text(RECIPE.replace("x: float = 1.0", "x: float"))
+    result = CliRunner().invoke(app, ["run", "toy.py"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: config: x: this key is required. Or start from one of its configs with --config: first, second.\n"
+    )
 
 
 def test_an_interrupted_run_says_that_checkpoints_are_kept(folder):

@@ -59,7 +59,7 @@ class Request:
         try:
             return module, load_config(module.CONFIG, self.config, self.overrides)
         except ConfigError as error:
-            if self.config is not None or not self.recipe.configs:
+            if self.config is not None or not self.recipe.configs or "required" not in error.what:
                 raise
             remedy = f"Or start from one of its configs with --config: {', '.join(self.recipe.configs)}."
             raise ConfigError(error.what, where=error.where, remedy=remedy) from error
