@@ -13,8 +13,9 @@ _MINUS = "\u2212"
 _MAX_NUMBER_LENGTH = 60
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+"
-# A minus between two operands ("20-2") subtracts; it belongs to the number only where no operand precedes it.
-_NUMBER = re.compile(rf"(?:(?<![\w)\]}}%])[-+{_MINUS}])?[$€£]?\s?(?:(?<=[$€£])[-{_MINUS}])?(?:{_DIGITS})")
+# A minus between two operands ("20-2", "20 - 2") subtracts; it is the number's only where it touches the number and no
+# operand touches it.
+_NUMBER = re.compile(rf"(?:(?<![\w)\]}}%])[-+{_MINUS}])?(?:[$€£]\s?[-{_MINUS}]?)?(?:{_DIGITS})")
 _GSM8K = re.compile(rf"####\s*([-+{_MINUS}]?\s?[$€£]?\s?[-{_MINUS}]?(?:{_DIGITS}))")
 
 

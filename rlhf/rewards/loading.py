@@ -104,7 +104,7 @@ def _bind(reward: Any, arguments: dict[str, Any], spec: str) -> Callable[..., An
         if inspect.isclass(reward):
             reward = reward(**arguments)
         elif arguments and "completions" in inspect.signature(reward).parameters:
-            inspect.signature(reward).bind_partial(**arguments)
+            _check_settings(reward, arguments)
             reward = functools.partial(reward, **arguments)
         elif arguments:
             reward = reward(**arguments)
@@ -113,3 +113,11 @@ def _bind(reward: Any, arguments: dict[str, Any], spec: str) -> Callable[..., An
     if not callable(reward):
         raise RewardError("is no function", where=spec, got=type(reward).__name__, expected="a reward function")
     return reward
+
+
+def _check_settings(reward: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Raise `TypeError` for a setting that only the catch-all `**columns` would take: nobody would read it."""
+    known = [name for name, one in inspect.signature(reward).parameters.items() if one.kind is not one.VAR_KEYWORD]
+    unknown = [name for name in arguments if name not in known]
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no setting of it; it has {', '.join(known)}")
