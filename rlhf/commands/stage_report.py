@@ -20,9 +20,11 @@ class Panel(Config):
     """One panel of the figure: how some metrics of a stage developed."""
 
     title: str
+    """Above the panel."""
     stage: str
     """Name of the stage whose metrics.jsonl is drawn."""
     ylabel: str = ""
+    """Beside the vertical axis."""
     metrics: dict[str, str] = Field(min_length=1)
     """Label -> name in metrics.jsonl."""
 
@@ -73,7 +75,7 @@ def sample_pages(results: Sequence[StageResult], *, each: int = 3) -> str:
         for iteration in (first, last):
             chosen = [record for record in records if record["iteration"] == iteration][:each]
             lines = [["prompt", "completion", "score"]]
-            lines += [[_cell(record["prompt"]), _cell(record["completion"]), _number(record["score"])] for record in chosen]
+            lines += [[_cell(r["prompt"]), _cell(r["completion"]), _number(r["score"])] for r in chosen]
             pages.append(f"Iteration {iteration}\n\n{markdown(lines)}")
     return "\n\n".join(pages) + "\n"
 

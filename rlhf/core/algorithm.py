@@ -35,6 +35,7 @@ class RewardsToGo(Config):
 
     type: Literal["rewards_to_go"] = "rewards_to_go"
     discount: float = Field(default=0.99, ge=0, le=1)
+    """gamma, per action."""
     baseline: Literal["none", "value"] = "none"
     standardize: Standardize = "none"
 
@@ -45,6 +46,7 @@ class NStep(Config):
     type: Literal["n_step"] = "n_step"
     n: int = Field(default=5, ge=1)
     discount: float = Field(default=0.99, ge=0, le=1)
+    """gamma, per action."""
     standardize: Standardize = "none"
 
 
@@ -95,7 +97,9 @@ class DualClipped(Config):
 
     type: Literal["dual_clipped"] = "dual_clipped"
     clip_low: float = Field(default=0.2, ge=0, le=1)
+    """The ratio gains nothing below 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0)
+    """The ratio gains nothing above 1 + clip_high."""
     bound: float = Field(default=3.0, gt=1)
 
     @model_validator(mode="after")
@@ -124,6 +128,7 @@ class FixedKl(Config):
 
     type: Literal["fixed"] = "fixed"
     value: float = Field(default=0.05, ge=0)
+    """The coefficient."""
 
 
 class AdaptiveKl(Config):
@@ -131,6 +136,7 @@ class AdaptiveKl(Config):
 
     type: Literal["adaptive"] = "adaptive"
     initial: float = Field(default=1.0, gt=0)
+    """The coefficient before the first update."""
     target: float = Field(default=0.01, gt=0)
     unit: Literal["token", "sequence"] = "token"
     """Whether target is nats per action or nats per row (summed over its actions)."""
@@ -141,10 +147,12 @@ class ProportionalKl(Config):
 
     type: Literal["proportional"] = "proportional"
     initial: float = Field(default=0.15, gt=0)
+    """The coefficient before the first update."""
     target: float = Field(default=6.0, gt=0)
     horizon: float = Field(default=10_000, gt=0)
     """Episodes over which a persistent 10 % error changes the coefficient by 10 %."""
     unit: Literal["token", "sequence"] = "sequence"
+    """Whether target is nats per action or nats per row (summed over its actions)."""
 
 
 class DualKl(Config):
@@ -152,9 +160,11 @@ class DualKl(Config):
 
     type: Literal["dual"] = "dual"
     initial: float = Field(default=1.0, ge=0)
+    """The coefficient before the first update."""
     target: float = Field(default=0.01, gt=0)
     learning_rate: float = Field(default=1.0, gt=0)
     unit: Literal["token", "sequence"] = "token"
+    """Whether target is nats per action or nats per row (summed over its actions)."""
 
 
 KlCoefficientConfig = Annotated[FixedKl | AdaptiveKl | ProportionalKl | DualKl, Field(discriminator="type")]
@@ -171,6 +181,7 @@ class KlInReward(Config):
 
     type: Literal["in_reward"] = "in_reward"
     estimator: Literal["k1", "k2", "k3"] = "k1"
+    """With d = log policy - log reference: k1 is d, k2 is d^2 / 2, k3 is exp(-d) - 1 + d."""
     coefficient: KlCoefficientConfig = FixedKl(value=0.05)
 
 
@@ -179,6 +190,7 @@ class KlInLoss(Config):
 
     type: Literal["in_loss"] = "in_loss"
     estimator: Literal["k1", "k2", "k3", "k3_straight_through", "k3_weighted"] = "k3"
+    """Its gradient counts: k2's is that of KL(policy || reference), k3's of the reverse; see kl_estimate."""
     against: Literal["reference", "old_policy"] = "reference"
     """reference: KL(policy || reference), as in GRPO. old_policy: KL(old || policy), as in the PPO paper."""
     coefficient: KlCoefficientConfig = FixedKl(value=0.04)
@@ -238,6 +250,7 @@ class SquaredValueLoss(Config):
 
     type: Literal["squared"] = "squared"
     coefficient: float = Field(default=0.5, ge=0)
+    """Weight of the value loss beside the policy loss."""
 
 
 class ClippedValueLoss(Config):
@@ -245,6 +258,7 @@ class ClippedValueLoss(Config):
 
     type: Literal["clipped"] = "clipped"
     coefficient: float = Field(default=0.5, ge=0)
+    """Weight of the value loss beside the policy loss."""
     clip_range: float = Field(default=0.2, gt=0)
 
 
@@ -257,6 +271,7 @@ class TruncatedWeights(Config):
     type: Literal["truncated"] = "truncated"
     cap: float = Field(default=2.0, gt=0)
     level: Literal["token", "sequence"] = "token"
+    """One weight per action, or one per row: the product over its actions."""
 
 
 class MaskedWeights(Config):

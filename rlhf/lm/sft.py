@@ -49,6 +49,7 @@ class SftConfig(Config):
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     """Share of the run in which the learning rate rises to its peak."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient of all parameters together is scaled down to this norm."""
     epochs: float = Field(1.0, gt=0)

@@ -35,6 +35,7 @@ class TaskConfig(Config):
     """Which procedural task, how large, and its seed."""
 
     name: Literal["sort_letters", "vowel_words"] = "sort_letters"
+    """sort_letters is answered right or wrong; vowel_words has answers of graded quality (see the module)."""
     word_length: int = Field(6, ge=3, le=26)
     """Letters in an answer."""
     letters: int = Field(26, ge=3, le=26)

@@ -15,6 +15,7 @@ class RunConfig(Config):
     directory: str | None = None
     """Where everything is written; null is runs/<recipe>/<config name>/seed_<seed>."""
     seed: int = Field(0, ge=0)
+    """Of everything random: initial weights, environments, sampling, shuffling."""
     evaluate_every: int = Field(0, ge=0)
     """Iterations between evaluations; 0 evaluates at the end only."""
     checkpoint_every: int = Field(0, ge=0)

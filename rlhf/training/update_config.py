@@ -21,9 +21,11 @@ class UpdateConfig(Config):
     clip_schedule: Literal["constant", "linear"] = "constant"
     """Linear anneals the clip ranges to 0 over the run, as the PPO paper does on Atari."""
     optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"
+    """adamw decouples weight_decay from the gradient, adam and rmsprop add it to it."""
     adam_epsilon: float = Field(1e-5, gt=0)
     """Added to the root of the second moment, by rmsprop too. 1e-5 is PPO's; torch's own default is 1e-8."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Smoothing of the first and the second moment."""
     rmsprop_alpha: float = Field(0.99, ge=0, lt=1)
     """Smoothing of rmsprop's second moment."""
     weight_decay: float = Field(0.0, ge=0)
