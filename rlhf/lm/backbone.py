@@ -8,6 +8,7 @@ Cohere and Granite). So the head here repeats it, and `split_model` checks by a 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,18 @@ class CausalParts:
     head: LogitsHead
     config: PretrainedConfig
     """The text config of the model."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module inside; afterwards each has its own mode back (`train()` would set them all alike)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def unwrap_adapters(model: Any) -> PreTrainedModel:
@@ -128,18 +141,12 @@ def _probe(base: PreTrainedModel, parts: CausalParts) -> None:
         return known.clone()
 
     input_ids = torch.tensor([[0, min(1, vocabulary - 1)]], device=device)
-    was_training = base.training
-    hook = parts.head.module.register_forward_hook(replace_logits)
-    base.eval()
-    try:
-        logits = base(input_ids=input_ids, use_cache=False).logits
-        hidden = parts.body(input_ids=input_ids, use_cache=False)[0]
-    finally:
-        hook.remove()
-        base.train(was_training)
-    tolerance = (
-        {"rtol": 1e-3, "atol": 1e-3} if dtype in (torch.float32, torch.float64) else {"rtol": 2e-2, "atol": 2e-2}
-    )
+    attended = torch.ones_like(input_ids)
+    with evaluating(base), parts.head.module.register_forward_hook(replace_logits):
+        logits = base(input_ids=input_ids, attention_mask=attended, use_cache=False).logits
+        hidden = parts.body(input_ids=input_ids, attention_mask=attended, use_cache=False)[0]
+    precision = 1e-3 if dtype in (torch.float32, torch.float64) else 2e-2
+    tolerance = {"rtol": precision, "atol": precision}
     same_hidden = len(seen) == 1 and seen[0].shape == hidden.shape and torch.allclose(seen[0], hidden, **tolerance)
     expected = parts.head.adjust(known)
     same_logits = logits.shape == expected.shape and torch.allclose(logits.to(expected.dtype), expected, **tolerance)

@@ -125,6 +125,7 @@ class InPlaceCache(Cache):
     def __init__(self, num_layers: int, *, capacity: int) -> None:
         super().__init__(layers=[InPlaceLayer(capacity) for _ in range(num_layers)])
         self.last_updated = self.layers[0]
+        self.last_views: tuple[Tensor | None, Tensor | None] = (None, None)
         self.groups: PromptGroups | None = None
         self.prompt_bias: Tensor | None = None
         """[N, 1, 1, P], very negative on padding; None where no prompt is padded."""
@@ -134,7 +135,8 @@ class InPlaceCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write new columns of one layer; see `InPlaceLayer.update`."""
         self.last_updated = self.layers[layer_idx]
-        return self.last_updated.update(key_states, value_states)
+        self.last_views = self.last_updated.update(key_states, value_states)
+        return self.last_views
 
     def start_decoding(self, group_size: int, *, share: bool, prompt_mask: Tensor) -> None:
         """Make rows for the completions; with `share`, each prompt [N, P] stays stored once."""
@@ -164,7 +166,7 @@ class InPlaceCache(Cache):
         self.groups = PromptGroups(renumbered, len(needed))
 
     def _used_layers(self) -> list[InPlaceLayer]:
-        return [layer for layer in self.layers if layer.is_initialized]
+        return [layer for layer in self.layers if isinstance(layer, InPlaceLayer) and layer.is_initialized]
 
 
 def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rlhf.errors import ModelError
-from rlhf.lm.backbone import CausalParts
+from rlhf.lm.backbone import CausalParts, evaluating
 from rlhf.lm.cache import InPlaceCache, padding_bias
 from rlhf.lm.sampling import SamplingConfig, choose_tokens
-from rlhf.lm.shared_prompt import shared_prompt_attention
+from rlhf.lm.shared_prompt import SharedPromptError, shared_prompt_attention
 
 MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "dummy"}
 """Layers whose only state is keys and values, and whose mask comes from outside the layer."""
@@ -61,18 +61,50 @@ def plan_decoding(parts: CausalParts, *, share_prompts: bool = True) -> Decoding
         )
     windows = [settings["sliding_window"] for settings in layer_settings if settings.get("sliding_window")]
     takes_positions = "position_ids" in inspect.signature(type(parts.body).forward).parameters
-    return DecodingPlan(
+    plan = DecodingPlan(
         parts=parts,
         num_layers=len(layer_types),
         sliding_window=min(windows) if windows else None,
         takes_positions=takes_positions,
         builds_own_mask=not takes_positions or parts.config._attn_implementation not in ("sdpa", "eager"),
-        # sdpa models know no soft-capped scores, attention sinks or position biases; eager ones may.
-        can_share_prompts=share_prompts
-        and takes_positions
-        and parts.config._attn_implementation == "sdpa"
-        and set(layer_types) == {"full_attention"},
+        can_share_prompts=False,
     )
+    # sdpa models know no soft-capped scores, attention sinks or position biases; eager ones may.
+    plain = takes_positions and parts.config._attn_implementation == "sdpa" and set(layer_types) == {"full_attention"}
+    return replace(plan, can_share_prompts=share_prompts and plain and _sharing_is_exact(plan))
+
+
+@torch.no_grad()
+def _sharing_is_exact(plan: DecodingPlan) -> bool:
+    """Decode two tokens with a shared and with a repeated prompt, and compare.
+
+    The layer types do not tell whether a model attends through transformers' attention interface, nor whether it
+    changes keys after they were cached (DeepSeek's latent attention does). Where sharing is not exact, prompts are
+    repeated: the result is the same, only slower.
+    """
+    body = plan.parts.body
+    weight = body.get_input_embeddings().weight
+    tokens = torch.arange(5, device=weight.device)[None] % len(weight)  # 3 of the prompt, 2 completions
+    try:
+        with evaluating(body):
+            results = [_decode_two(plan, tokens, share=share) for share in (False, True)]
+    except SharedPromptError:
+        return False
+    tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(*results, rtol=tolerance, atol=tolerance * float(results[0].abs().max()))
+
+
+def _decode_two(plan: DecodingPlan, tokens: Tensor, *, share: bool) -> Tensor:
+    """Hidden states after decoding the last two of `tokens` [1, 5] in two rows."""
+    cache = InPlaceCache(plan.num_layers, capacity=5)
+    hidden = plan.parts.body(input_ids=tokens[:, :3], past_key_values=cache, use_cache=True)[0]
+    cache.start_decoding(2, share=share, prompt_mask=torch.ones_like(tokens[:, :3], dtype=torch.bool))
+    with shared_prompt_attention(plan.parts.config, cache) if share else nullcontext():
+        for position in (3, 4):
+            new = tokens[:, position : position + 1].expand(2, 1)
+            positions = torch.full_like(new, position)
+            hidden = plan.parts.body(input_ids=new, position_ids=positions, past_key_values=cache, use_cache=True)[0]
+    return hidden
 
 
 class Decoder:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf.errors import ConfigError, DataError
-from rlhf.lm.backbone import split_model, unwrap_adapters
+from rlhf.lm.backbone import evaluating, split_model, unwrap_adapters
 from rlhf.lm.decoding import Decoder, plan_decoding
 from rlhf.lm.sampling import SamplingConfig, choose_tokens
 
@@ -114,9 +114,7 @@ class TransformersGenerator:
             DataError: A prompt is empty or not padded on the left.
         """
         _require_left_padding(prompt_ids, prompt_mask)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             if self._plan is None:
                 return self._generate(prompt_ids, prompt_mask, group_size, sampling, generator)
             decoder = Decoder(
@@ -130,10 +128,7 @@ class TransformersGenerator:
                 drop_finished=self.drop_finished,
             )
             steps = decoder.run()
-            return self._finish(decoder.token_ids[:steps].T, decoder.log_probs[:steps].T)
-        finally:
-            for module in training:
-                module.training = True
+        return self._finish(decoder.token_ids[:steps].T, decoder.log_probs[:steps].T)
 
     def _generate(
         self,

@@ -56,6 +56,8 @@ class LanguageModelPolicy(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.model = model
         self._parts = split_model(model)
+        # Padding on the right is never attended to; as an ordinary token it raises no warnings about masks either.
+        self._fill_id = 1 if self._parts.config.pad_token_id == 0 else 0
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         if isinstance(critic, nn.Module):
@@ -104,7 +106,7 @@ class LanguageModelPolicy(nn.Module):
         Raises:
             DataError: A row has completion tokens but no prompt token to predict the first one from.
         """
-        packed = pack_rows(inputs, actions)
+        packed = pack_rows(inputs, actions, fill_id=self._fill_id)
         shape = actions.shape
         log_probs, entropy, selected = self._score(packed)
         values = None
@@ -116,7 +118,7 @@ class LanguageModelPolicy(nn.Module):
 
     def action_log_probs(self, inputs: Mapping[str, Tensor], actions: Tensor) -> Tensor:
         """The log-probs of `forward` alone, [B, T]: no critic is run."""
-        packed = pack_rows(inputs, actions)
+        packed = pack_rows(inputs, actions, fill_id=self._fill_id)
         return _scatter(self._score(packed)[0], packed.places, actions.shape)
 
     def row_lengths(self, inputs: Mapping[str, Tensor], action_mask: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ class PackedRows(NamedTuple):
     """[N] index of each completion token in the flattened [B * T]."""
 
 
-def pack_rows(inputs: Mapping[str, Tensor], actions: Tensor) -> PackedRows:
+def pack_rows(inputs: Mapping[str, Tensor], actions: Tensor, *, fill_id: int = 0) -> PackedRows:
     """Move the real tokens of each row to the left and say where each completion token is predicted.
 
     Raises:
@@ -192,7 +194,7 @@ def pack_rows(inputs: Mapping[str, Tensor], actions: Tensor) -> PackedRows:
     """
     prompt_mask, completion_mask = inputs["prompt_mask"], inputs["completion_mask"]
     mask = torch.cat([prompt_mask, completion_mask], dim=1)  # [B, P + T]
-    ids = torch.cat([inputs["prompt_ids"], actions], dim=1).masked_fill(~mask, 0)
+    ids = torch.cat([inputs["prompt_ids"], actions], dim=1).masked_fill(~mask, fill_id)
     lengths = mask.sum(dim=1)
     # One transfer decides the width and checks the prompts.
     without_prompt = (~prompt_mask.any(dim=1)) & completion_mask.any(dim=1)

@@ -22,6 +22,10 @@ from transformers import AttentionInterface, PretrainedConfig
 IMPLEMENTATION = "shared_prompt"
 
 
+class SharedPromptError(RuntimeError):
+    """A model does something between cache and attention that does not allow prompts to be kept apart."""
+
+
 class PromptGroups:
     """Which active row belongs to which prompt, as gather indices between rows [n, ...] and slots [N, S, ...].
 
@@ -120,9 +124,11 @@ def _attention_forward(
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls; the cache knows which layer it has just updated."""
-    del module, attention_mask, dropout
+    del attention_mask, dropout
     cache = _active_cache.get()
     layer = cache.last_updated
+    if key is not cache.last_views[0] or value is not cache.last_views[1]:
+        raise SharedPromptError(f"{type(module).__name__} changes keys or values after they were cached")
     output = attend(
         query,
         key,
