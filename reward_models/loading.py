@@ -20,6 +20,8 @@ from rlhf.lm.loading import DTYPES, LoraSettings, ModelConfig, load_causal_lm
 logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<|pad|>"
+SCORING_SETTINGS = "reward_model"
+"""Entry of a saved `config.json` that holds what scoring needs beyond the weights (see `RewardModelScorer`)."""
 
 
 def make_reward_model(
@@ -45,6 +47,8 @@ def make_reward_model(
         torch.manual_seed(seed)  # a fresh body and fresh adapters; the head has its own generator
         if model.path is not None and _is_sequence_classifier(model.path):
             classifier = open_classifier(model.path, dtype=DTYPES[model.dtype], attention=model.attention)
+            # The former normalisation does not hold for what is trained now.
+            setattr(classifier.config, SCORING_SETTINGS, None)
         else:
             classifier = _put_head_on_body(model, tokenizer, seed=seed)
         _configure(classifier, tokenizer)

@@ -12,15 +12,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_models.collation import encode_candidate
 from reward_models.evaluation import score_sequences
-from reward_models.loading import embedding_rows, open_classifier, prepare_tokenizer
+from reward_models.loading import SCORING_SETTINGS, open_classifier
 from reward_models.model import RewardModel
 from reward_models.trainer import RankingTrainer
 from rlhf.data.records import Text
 from rlhf.errors import ModelError, RewardError
 from rlhf.lm.loading import DTYPES
-
-SETTINGS = "reward_model"
-"""Name of the entry in the saved `config.json` that holds what scoring needs beyond the weights."""
 
 
 class RewardModelScorer:
@@ -32,7 +29,7 @@ class RewardModelScorer:
 
     Args:
         model: The reward model; it is put into eval mode.
-        tokenizer: Its own tokenizer, from `prepare_tokenizer`.
+        tokenizer: Its own tokenizer.
         max_length: Most tokens of prompt plus completion; None sets no limit.
         truncate: Whether longer texts are cut (as `overlong: truncate` in training) or refused.
         mean: Of raw scores on reference completions.
@@ -105,15 +102,14 @@ class RewardModelScorer:
         """
         classifier = open_classifier(folder, dtype=DTYPES[dtype])
         try:
-            tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-        except (OSError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
             raise ModelError("the reward model's folder has no tokenizer", where=str(folder)) from error
-        if len(tokenizer) > embedding_rows(classifier):
-            # Only where the pad token was just added: it is masked everywhere, so any id inside the table will do.
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the reward model's tokenizer has no end token", where=str(folder))
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        settings = getattr(classifier.config, SETTINGS, None) or {}
+        settings = getattr(classifier.config, SCORING_SETTINGS, None) or {}
         return cls(RewardModel(classifier).to(device), tokenizer, batch_tokens=batch_tokens, **settings)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
@@ -199,5 +195,5 @@ class RewardModelScorer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the sequence-classification folder, with the scorer's settings in its config."""
         settings = {"max_length": self.max_length, "truncate": self.truncate, "mean": self.mean, "std": self.std}
-        setattr(self.model.config, SETTINGS, settings)
+        setattr(self.model.config, SCORING_SETTINGS, settings)
         self.model.save_pretrained(folder, self.tokenizer)

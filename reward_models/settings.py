@@ -23,6 +23,7 @@ class Centering(Config):
     """Pulls scores towards 0 during training."""
 
     coefficient: float = Field(0.01, gt=0)
+    """Weight of the penalty beside the ranking loss."""
     form: Literal["squares", "pair_sums"] = "squares"
     """squares: mean of s^2; pair_sums: mean over pairs of (s_i + s_j)^2, as Eisenstein et al. 2023 for K = 2."""
 
@@ -35,12 +36,17 @@ class RewardModelConfig(Config):
     epochs: int = Field(1, ge=1)
     """Passes over the rankings; more than one usually overfits (InstructGPT, arXiv 2203.02155, section 3.5)."""
     learning_rate: float = Field(1e-5, gt=0)
+    """AdamW's, at its peak."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What follows the warmup: constant, or down to 0 linearly or along a cosine."""
     warmup_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay; 0 for biases and norms in any case."""
     adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient of all parameters together is scaled down to this norm."""
     batch_prompts: int = Field(32, ge=1)
     """Prompts, each with all its candidates, of one optimizer step over all processes."""
     microbatch_prompts: int | None = Field(None, ge=1)
@@ -96,6 +102,9 @@ def training_arguments(settings: RewardModelConfig, *, directory: str | Path, se
         ddp_find_unused_parameters=False,
         seed=seed,
     )
+    # One process takes one GPU; where it sees several, transformers would split our batches between them by their
+    # first axis (DataParallel), which here is candidates for some tensors and prompts for others.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     processes = arguments.world_size
     per_process, rest = divmod(settings.batch_prompts, processes)
     microbatch = settings.microbatch_prompts or max(per_process, 1)
