@@ -19,9 +19,13 @@ from rlhf.errors import ConfigError, TrainingError
 from rlhf.training.checkpoints import write_atomically
 
 HEADLINES = (
+    "evaluation/*mean",
+    "evaluation/*accuracy*",
     "evaluation/*",
-    "rollout/*mean*",
+    "rollout/return_mean",
+    "rollout/*score*mean",
     "rollout/*accuracy*",
+    "rollout/length_mean",
     "kl_to_ref",
     "approx_kl",
     "clip_fraction",
@@ -30,7 +34,7 @@ HEADLINES = (
     "grad_norm",
 )
 """What the console shows, in this order; the files hold everything."""
-MOST_HEADLINES = 7
+MOST_HEADLINES, MOST_EVALUATIONS = 7, 3
 
 
 class JsonLines:
@@ -147,12 +151,16 @@ class ConsoleLog:
 def headline(metrics: Mapping[str, float]) -> str:
     """Return the few metrics that the console shows.
 
-    >>> headline({"grad_norm": 0.5, "rollout/return_mean": 21.25, "rows": 8.0})
-    'return_mean 21.2  grad_norm 0.5'
+    >>> headline({"grad_norm": 0.5, "rollout/return_mean": 21.25, "rows": 8.0, "evaluation/return_mean": 30.0})
+    'evaluated return_mean 30  return_mean 21.2  grad_norm 0.5'
     """
-    chosen = [name for pattern in HEADLINES for name in metrics if fnmatch(name, pattern)]
-    shown = list(dict.fromkeys(chosen))[:MOST_HEADLINES] or list(metrics)[:MOST_HEADLINES]
-    return "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.3g}" for name in shown)
+    chosen = list(dict.fromkeys(name for pattern in HEADLINES for name in metrics if fnmatch(name, pattern)))
+    evaluated = [name for name in chosen if name.startswith("evaluation/")][:MOST_EVALUATIONS]
+    shown = [*evaluated, *(name for name in chosen if not name.startswith("evaluation/"))] or list(metrics)
+    return "  ".join(
+        f"{name.replace('evaluation/', 'evaluated ').removeprefix('rollout/')} {metrics[name]:.3g}"
+        for name in shown[:MOST_HEADLINES]
+    )
 
 
 class Trackers:
