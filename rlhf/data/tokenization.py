@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from rlhf.data.chat_templates import render, render_prompt, turn_end_id
 from rlhf.data.continuation import continuation_ids, continuation_text, plain_ids
@@ -100,7 +101,18 @@ def _encode_string_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list
 
 
 def _encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None) -> list[int]:
-    return plain_ids(tokenizer, render_prompt(tokenizer, messages, where))
+    return list(_prompt_ids(tokenizer, render_prompt(tokenizer, messages, where)))
+
+
+_LAST_PROMPT: WeakKeyDictionary[Any, tuple[str, list[int]]] = WeakKeyDictionary()
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a rendered prompt; the last is kept, because the K completions of a prompt come one after another."""
+    last = _LAST_PROMPT.get(tokenizer)
+    if last is None or last[0] != text:
+        last = _LAST_PROMPT[tokenizer] = (text, plain_ids(tokenizer, text))
+    return last[1]
 
 
 # --- completions --------------------------------------------------------------------------------------------------
@@ -168,7 +180,7 @@ def _encode_turns(
             got=(prompt_text[-60:], whole_text[-100:]),
             remedy="Give the tokenizer a template whose generation prompt is the beginning of the assistant's turn.",
         )
-    prompt_ids, whole_ids = plain_ids(tokenizer, prompt_text), plain_ids(tokenizer, whole_text)
+    prompt_ids, whole_ids = _prompt_ids(tokenizer, prompt_text), plain_ids(tokenizer, whole_text)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         ids = whole_ids[len(prompt_ids) :]
     else:
@@ -212,10 +224,15 @@ def decode_completion(
         ids: [T] token ids, a list or a tensor.
         mask: [T] True where a token belongs to the completion; None takes all.
     """
-    tokens = [int(token) for token in ids]
+    tokens = _to_list(ids)
     if mask is not None:
-        tokens = [token for token, kept in zip(tokens, mask, strict=True) if kept]
+        tokens = [token for token, kept in zip(tokens, _to_list(mask), strict=True) if kept]
     return continuation_text(tokenizer, tokens)
+
+
+def _to_list(values: Iterable[Any]) -> list[Any]:
+    """A tensor in one copy: walking over it makes a tensor of every element, which takes longer than decoding."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)  # type: ignore[attr-defined]
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
