@@ -90,7 +90,6 @@ def standardize(
     total, count = reduce(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
     mean = total / count.clamp(min=1)
     centred = torch.where(mask, x - mean, 0.0)
-    error, square = reduce(torch.stack([centred.sum(), (centred**2).sum()])) / count.clamp(min=1)
-    variance = (square - error**2).clamp(min=0)
+    error, variance = reduce(torch.stack([centred.sum(), (centred**2).sum()])) / count.clamp(min=1)
     scaled = torch.where(mask, centred - error, 0.0) * torch.rsqrt(variance + epsilon)
     return torch.where(mask, scaled + mean, 0.0) if keep_mean else scaled

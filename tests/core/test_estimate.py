@@ -93,6 +93,7 @@ def test_gae_of_completions_ends_with_value_zero():
     experience = estimate(completions(), algorithm)
     assert close(experience.advantages, [[0.225, 0.25, 0.3], [1.5, 1.0, 0.0]])
     assert close(experience.returns, [[0.725, 0.85, 1.0], [2.5, 3.0, 0.0]])
+    assert close(experience.old_values, [[0.5, 0.6, 0.7], [1.0, 2.0, 0.0]])
 
 
 def test_n_step_and_baseline_subtract_the_value():

@@ -159,6 +159,17 @@ def test_the_value_part_has_its_own_denominator(value_loss, value_part):
     assert objective.loss(sums, denominators).item() == pytest.approx(policy_part + value_part)
 
 
+def test_clip_scale_anneals_the_value_range_too():
+    # Half of .4: old value 5 clipped to 4.8 as above, and 0 to .2.
+    values = torch.tensor([[1.0, 0.0], [3.0, 99.0]], dtype=torch.float64)
+    returns = torch.tensor([[0.0, 0.0], [1.0, -99.0]], dtype=torch.float64)
+    old_values = torch.tensor([[0.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
+    objective = Objective(critic(ClippedValueLoss(coefficient=1.0, clip_range=0.4)))
+    batch = experience(returns=returns, old_values=old_values)
+    sums = objective(PolicyOutput(NEW, ENTROPY, values), batch, clip_scale=0.5)
+    assert sums.value.item() == pytest.approx(7.72)
+
+
 def test_metrics_are_sums_over_actions():
     algorithm = AlgorithmConfig(
         advantages=Gae(), value_loss=SquaredValueLoss(), kl=KlInLoss(estimator="k3"), surrogate=Clipped()
