@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None = None) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, where: str | None = None) -> str:
     """Return the text of a conversation up to where the assistant's next word begins.
 
     Raises:
@@ -21,11 +21,13 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], w
         ModelError: The tokenizer has no template.
     """
     if messages[-1]["role"] == "assistant":
-        return render(tokenizer, messages, where, continue_final_message=True)
-    return render(tokenizer, messages, where, add_generation_prompt=True)
+        return render(tokenizer, messages, where=where, continue_final_message=True)
+    return render(tokenizer, messages, where=where, add_generation_prompt=True)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None, **settings: Any) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, where: str | None = None, **settings: Any
+) -> str:
     """Return the text of a conversation, as the template prints it with these settings.
 
     Raises:
@@ -64,7 +66,7 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     question: list[Message] = [{"role": "user", "content": "a"}]
     prompt = render_prompt(tokenizer, question)
-    whole = render(tokenizer, [*question, {"role": "assistant", "content": "a"}], None)
+    whole = render(tokenizer, [*question, {"role": "assistant", "content": "a"}])
     special = set(tokenizer.all_special_ids) | {
         token for token, added in tokenizer.added_tokens_decoder.items() if added.special
     }

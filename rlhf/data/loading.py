@@ -78,7 +78,7 @@ def load_rankings(data: DataConfig) -> list[Ranking]:
             otherwise): file, line, field and reason of the first few.
         ConfigError: Settings that contradict each other.
     """
-    rankings = _read(data, lambda values, where: [read_ranking(values, where, data)])
+    rankings = _read(data, lambda values, where: [read_ranking(values, where=where, data=data)])
     if data.tied != "drop":
         return rankings
     kept = [ranking for ranking in rankings if not ranking.tied]

@@ -26,7 +26,7 @@ ASSISTANT_MARKER = "\n\nAssistant:"
 """Where an answer begins in the dialogues of Anthropic's hh-rlhf."""
 
 
-def read_ranking(values: Values, where: str, data: DataConfig) -> Ranking:
+def read_ranking(values: Values, *, where: str, data: DataConfig) -> Ranking:
     """Read a row whose columns already have our names.
 
     Raises:

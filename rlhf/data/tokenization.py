@@ -101,7 +101,7 @@ def _encode_string_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list
 
 
 def _encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str | None) -> list[int]:
-    return list(_prompt_ids(tokenizer, render_prompt(tokenizer, messages, where)))
+    return list(_prompt_ids(tokenizer, render_prompt(tokenizer, messages, where=where)))
 
 
 _LAST_PROMPT: WeakKeyDictionary[Any, tuple[str, list[int]]] = WeakKeyDictionary()
@@ -171,8 +171,8 @@ def _encode_turns(
 ) -> tuple[list[int], int]:
     """Tokens that the template adds to the prompt, up to the last end of a turn; and the token of that end."""
     answers: list[Message] = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
-    prompt_text = render_prompt(tokenizer, prompt, where)
-    whole_text = render(tokenizer, _join(prompt, answers), where)
+    prompt_text = render_prompt(tokenizer, prompt, where=where)
+    whole_text = render(tokenizer, _join(prompt, answers), where=where)
     if not whole_text.startswith(prompt_text):
         raise ModelError(
             "the chat template prints the prompt differently once an answer follows it",
