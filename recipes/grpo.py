@@ -65,6 +65,7 @@ def main(config: GrpoConfig) -> dict[str, float]:
         tokenizer=tokenizer,
         reward=reward,
         config=config.collector,
+        single_step=algorithm.epochs * algorithm.minibatches == 1,
         reference=actors.reference,
         accelerator=accelerator,
         seed=config.run.seed,

@@ -75,6 +75,7 @@ def main(config: PpoRlhfConfig) -> dict[str, float]:
         tokenizer=tokenizer,
         reward=reward,
         config=config.collector,
+        single_step=algorithm.epochs * algorithm.minibatches == 1,
         reference=actors.reference,
         accelerator=accelerator,
         seed=config.run.seed,

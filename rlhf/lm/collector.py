@@ -42,6 +42,11 @@ from rlhf.training.distributed import gather_stack
 
 logger = logging.getLogger(__name__)
 
+RECHECK_EVERY = 20
+"""Iterations after which `old_log_probs: auto` compares the generator with the trainer's forward again."""
+AGREEMENT = 1e-5
+"""Mean |log-prob difference| in nats below which the generator's log-probs stand for the trainer's."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -73,6 +78,7 @@ class PromptCollector:
         tokenizer: Encodes prompts, decodes completions.
         reward: Judges decoded text without special tokens.
         config: Sizes, lengths, shaping.
+        single_step: The algorithm makes one optimizer step per rollout; `old_log_probs: auto` reads it.
         reference: Gives `ref_log_probs`; None where the algorithm needs none.
         accelerator: Whose processes share the prompts; None is one process.
         seed: Of the order of prompts and of sampling.
@@ -95,6 +101,7 @@ class PromptCollector:
         tokenizer: PreTrainedTokenizerBase,
         reward: RewardFunction,
         config: CollectorConfig,
+        single_step: bool = False,
         reference: FrozenReference | None = None,
         accelerator: Accelerator | None = None,
         seed: int = 0,
@@ -113,6 +120,8 @@ class PromptCollector:
         )
         self._quota = config.prompts_per_iteration // processes
         self._seed, self._rank, self._iteration = seed, rank, 0
+        self._may_trust = single_step and config.sampling.full_support and not policy.has_critic
+        self._trusts_generator = False
 
     def collect(self) -> Rollout:
         """Collect one rollout.
@@ -138,12 +147,17 @@ class PromptCollector:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the collector stands; equal on all processes."""
-        return {"iteration": self._iteration, "prompts": self._stream.state_dict()}
+        return {
+            "iteration": self._iteration,
+            "prompts": self._stream.state_dict(),
+            "trusts_generator": self._trusts_generator,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self._iteration = int(state["iteration"])
         self._stream.load_state_dict(state["prompts"])
+        self._trusts_generator = bool(state["trusts_generator"])
 
     # --- answering and judging ----------------------------------------------------------------------------------------
 
@@ -212,7 +226,8 @@ class PromptCollector:
         """Add what the trainer's own forwards say, and put rewards where the completions end."""
         samples, mask = judged.samples, judged.samples.completion_mask
         inputs = {"prompt_ids": samples.prompt_ids, "prompt_mask": samples.prompt_mask, "completion_mask": mask}
-        output = self._policy_output(inputs, samples)
+        skips_forward = self._skips_forward()
+        output = self._policy_output(inputs, samples, skips_forward=skips_forward)
         reference = None
         if self.reference is not None:
             with self._autocast():
@@ -223,10 +238,14 @@ class PromptCollector:
             mask,
             old_log_probs=output.log_probs,
             sampling_log_probs=samples.sampling_log_probs,
-            entropy=None if self.config.old_log_probs == "sampling" else output.entropy,
+            entropy=None if skips_forward else output.entropy,
             ref_log_probs=reference,
         )
         metrics |= gather_metrics(measured, accelerator=self.accelerator)
+        if skips_forward:  # the generator was compared with itself
+            metrics = {name: value for name, value in metrics.items() if "sampling_mismatch" not in name}
+        else:
+            self._trusts_generator = metrics["rollout/sampling_mismatch_mean"] < AGREEMENT
         ends = last_position(mask)
         return Rollout(
             inputs=inputs,
@@ -244,8 +263,14 @@ class PromptCollector:
             samples=readable_samples(samples, scores=judged.scores, rewards=judged.rewards, count=self.config.samples),
         )
 
-    def _policy_output(self, inputs: dict[str, Tensor], samples: Samples) -> PolicyOutput:
-        if self.config.old_log_probs == "sampling":
+    def _skips_forward(self) -> bool:
+        """Whether the generator's log-probs serve as old log-probs in this iteration."""
+        if self.config.old_log_probs == "auto":
+            return self._may_trust and self._trusts_generator and self._iteration % RECHECK_EVERY != 0
+        return self.config.old_log_probs == "sampling"
+
+    def _policy_output(self, inputs: dict[str, Tensor], samples: Samples, *, skips_forward: bool) -> PolicyOutput:
+        if skips_forward:
             log_probs = samples.sampling_log_probs.clone()
             return PolicyOutput(log_probs=log_probs, entropy=torch.zeros_like(log_probs), values=None)
         with self._autocast():

@@ -45,9 +45,10 @@ class CollectorConfig(Config):
     """Prompts answered at once; bounds the cache's memory. None: all of this process."""
     measure_tokens: int = Field(16_384, ge=1)
     """Token budget of a microbatch of the no-grad forwards."""
-    old_log_probs: Literal["recompute", "sampling"] = "recompute"
-    """recompute: by the trainer's own forward. sampling: take the generator's, one forward fewer; only where both
-    compute the same distribution (no top-p, top-k), and their mismatch is then unknown."""
+    old_log_probs: Literal["auto", "recompute", "sampling"] = "auto"
+    """recompute: by the trainer's own forward. sampling: the generator's, one forward fewer. auto: these too where
+    an update is a single on-policy step, whose ratio is 1 in any case, and only as long as a forward every 20th
+    iteration finds that the two agree within 1e-5 nats."""
     shaping: ShapingConfig = ShapingConfig()
     dynamic_sampling: DynamicSampling | None = None
     mask_truncated: bool = False

@@ -334,6 +334,7 @@ def _trl_settings(config: SftConfig, *, seed: int) -> Any:
         packing=config.packing,
         eval_packing=False,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # the default logs the last finite loss instead, and trains on
         eval_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -349,7 +350,7 @@ class _RefuseNonFinite(TrainerCallback):
     """Stops a run whose loss is not finite; transformers would go on and save it."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
                 raise TrainingError(

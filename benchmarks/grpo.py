@@ -1,0 +1,388 @@
+"""One GRPO step, ours against TRL's GRPOTrainer: equal model, prompts, lengths, updates, threads; side by side.
+
+    python benchmarks/grpo.py                       # every case; writes benchmarks/results/grpo.{md,json}
+    python benchmarks/grpo.py --cases tiny_32 --steps 20
+
+Both start from the same folder on the CPU in float32 and make one optimizer step per rollout of 8 prompts x 8
+completions, without a KL term. Time is measured in one process, the two taking turns within TRL's training loop, so
+that a busy machine slows both alike. Peak memory is measured in a process for each side. TRL skips the old-log-prob
+forward in this setting; ours is measured with it (`recompute`) and without (`auto`, the default, which makes it every
+20th step).
+
+Cases without an end (`tiny_32`, `tiny_128`, `small_128`) run every completion to the limit: the end token lies outside
+the model's vocabulary. In `tiny_ends` the model ends a completion after 40 tokens on average, 128 at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+PROMPTS, GROUP, PROMPT_LENGTH = 8, 8, 16
+LEARNING_RATE = 1e-6
+RESULTS = Path(__file__).parent / "results"
+MODELS = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab": 512,
+    },
+    "small": {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "vocab": 8192,
+    },
+}
+CASES = {
+    "tiny_32": ("tiny", 32, False),
+    "tiny_128": ("tiny", 128, False),
+    "tiny_ends": ("tiny", 128, True),
+    "small_128": ("small", 128, False),
+}
+MEAN_LENGTH = 40
+"""Of completions in cases with an end."""
+
+
+def make_model(folder: Path, case: str) -> None:
+    """Write a random Llama and a tokenizer of one token per character."""
+    from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm
+
+    name, limit, ends = CASES[case]
+    shape = dict(MODELS[name])
+    vocabulary = shape.pop("vocab")
+    tokenizer = character_tokenizer("".join(chr(0x4E00 + index) for index in range(vocabulary - 3)))
+    torch.manual_seed(0)
+    settings = {"model_type": "llama", **shape, "max_position_embeddings": PROMPT_LENGTH + limit}
+    model = load_causal_lm(ModelConfig(config=settings), tokenizer)
+    if ends:
+        _make_ends_likely(model, tokenizer.eos_token_id, vocabulary)
+    else:
+        tokenizer.add_special_tokens({"eos_token": "<never>"})  # one past the vocabulary: the model cannot write it
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _make_ends_likely(model: Any, end: int, vocabulary: int) -> None:
+    """Give the end token probability 1 / MEAN_LENGTH everywhere: one hidden dimension is held constant and feeds it."""
+    model.model.embed_tokens.weight[:, 0] = 1.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+    ids = torch.randint(3, vocabulary, (32, 64))
+    level = model.model(ids)[0][..., 0].mean()
+    model.lm_head.weight[:, 0] = 0.0
+    model.lm_head.weight[end] = 0.0
+    model.lm_head.weight[end, 0] = torch.log(torch.tensor(vocabulary / (MEAN_LENGTH - 1))) / level
+
+
+def prompts_of(folder: Path, count: int) -> list[str]:
+    """Random prompts of equal length."""
+    from rlhf.lm.loading import load_tokenizer
+
+    letters = sorted(token for token in load_tokenizer(folder).get_vocab() if len(token) == 1)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(len(letters), (count, PROMPT_LENGTH), generator=generator).tolist()
+    return ["".join(letters[index] for index in row) for row in rows]
+
+
+def reward(completions: list[str], **columns: Any) -> list[float]:
+    """Something cheap that differs between completions."""
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+class Ours:
+    """One step of this toolkit."""
+
+    def __init__(self, folder: Path, limit: int, old_log_probs: str) -> None:
+        from rlhf.core.algorithm import AlgorithmConfig
+        from rlhf.core.presets import resolve_algorithm
+        from rlhf.data.records import Prompt
+        from rlhf.lm.actors import make_generator
+        from rlhf.lm.collector import PromptCollector
+        from rlhf.lm.collector_config import CollectorConfig
+        from rlhf.lm.loading import ModelConfig, load_causal_lm, load_tokenizer
+        from rlhf.lm.policy import LanguageModelPolicy
+        from rlhf.lm.sampling import SamplingConfig
+        from rlhf.training.distributed import make_accelerator
+        from rlhf.training.learner import Learner
+        from rlhf.training.update_config import UpdateConfig
+
+        algorithm = AlgorithmConfig.model_validate(resolve_algorithm({"preset": "grpo", "kl": {"type": "none"}}))
+        tokenizer = load_tokenizer(folder)
+        model = load_causal_lm(ModelConfig(path=str(folder)))
+        policy, generator = LanguageModelPolicy(model), make_generator(model, tokenizer)
+        config = CollectorConfig(
+            prompts_per_iteration=PROMPTS,
+            group_size=GROUP,
+            sampling=SamplingConfig(max_completion_length=limit),
+            old_log_probs=old_log_probs,
+            samples=0,
+        )
+        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=4096, adam_epsilon=1e-8)
+        self.algorithm = algorithm
+        self.learner = Learner(policy, algorithm, update, accelerator=make_accelerator())
+        self.collector = PromptCollector(
+            [Prompt(text) for text in prompts_of(folder, 256)],
+            policy=policy,
+            generator=generator,
+            tokenizer=tokenizer,
+            reward=reward,
+            config=config,
+            single_step=True,
+        )
+        self.generation_seconds = 0.0
+        self.lengths: list[float] = []
+        self._time_generation(generator)
+
+    def _time_generation(self, generator: Any) -> None:
+        inner = generator.generate
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return inner(*arguments, **named)
+            finally:
+                self.generation_seconds += time.perf_counter() - started
+
+        generator.generate = timed
+
+    def step(self) -> None:
+        """Collect, credit, learn."""
+        from rlhf.core.estimate import estimate
+
+        rollout = self.collector.collect()
+        self.learner.update(estimate(rollout, self.algorithm))
+        self.lengths.append(rollout.metrics["rollout/length_mean"])
+
+
+def make_trl(folder: Path, limit: int, steps: int, scratch: Path) -> Any:
+    """TRL's trainer with the same settings, and nothing on that this comparison does not need."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.trainer_callback import PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    arguments = GRPOConfig(
+        output_dir=str(scratch),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=PROMPTS * GROUP,
+        gradient_accumulation_steps=1,
+        num_generations=GROUP,
+        num_iterations=1,
+        max_completion_length=limit,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        epsilon=0.2,
+        loss_type="grpo",
+        scale_rewards="group",
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_steps=steps,
+        logging_steps=10_000,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=0,
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=arguments,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        train_dataset=Dataset.from_list([{"prompt": text} for text in prompts_of(folder, 256)]),
+        reward_funcs=reward,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def make_stopwatch(between: Callable[[], None]) -> Any:
+    """A callback that times TRL's steps and does `between` after each, outside the measured time."""
+    from transformers import TrainerCallback
+
+    class Stopwatch(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *arguments: Any, **named: Any) -> None:
+            self._started = time.perf_counter()
+
+        def on_step_end(self, *arguments: Any, **named: Any) -> None:
+            self.seconds.append(time.perf_counter() - self._started)
+            between()
+
+    return Stopwatch()
+
+
+def compare(case: str, folder: Path, steps: int, warm_up: int) -> dict[str, Any]:
+    """Time both sides, taking turns."""
+    _, limit, _ = CASES[case]
+    ours = {name: Ours(folder, limit, name) for name in ("recompute", "auto")}
+    seconds: dict[str, list[float]] = {name: [] for name in ours}
+
+    def take_our_turn() -> None:
+        for name, side in ours.items():
+            started = time.perf_counter()
+            side.step()
+            seconds[name].append(time.perf_counter() - started)
+
+    trainer = make_trl(folder, limit, steps + warm_up, folder / "trl")
+    stopwatch = make_stopwatch(take_our_turn)
+    trainer.add_callback(stopwatch)
+    generation = _time_method(trainer, "_generate_single_turn")
+    lengths = _record_lengths(trainer)
+    trainer.train()
+    shown = {"trl": stopwatch.seconds[warm_up:], **{name: values[warm_up:] for name, values in seconds.items()}}
+    result: dict[str, Any] = {"case": case, "steps": steps}
+    for name, values in shown.items():
+        result[f"{name}_seconds"] = median(values)
+    for name, side in ours.items():
+        result[f"{name}_ratio"] = median(t / o for t, o in zip(shown["trl"], shown[name], strict=True))
+        result[f"{name}_generation_share"] = side.generation_seconds / sum(seconds[name])
+    result["trl_generation_share"] = generation[0] / sum(stopwatch.seconds)
+    result["trl_length_mean"] = sum(lengths) / len(lengths)
+    result["our_length_mean"] = sum(ours["recompute"].lengths) / len(ours["recompute"].lengths)
+    return result
+
+
+def _time_method(owner: Any, name: str) -> list[float]:
+    inner, total = getattr(owner, name), [0.0]
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return inner(*arguments, **named)
+        finally:
+            total[0] += time.perf_counter() - started
+
+    setattr(owner, name, timed)
+    return total
+
+
+def _record_lengths(trainer: Any) -> list[float]:
+    inner, lengths = trainer._generate_and_score_completions, []
+
+    def recorded(*arguments: Any, **named: Any) -> Any:
+        output = inner(*arguments, **named)
+        lengths.append(output["completion_mask"].sum(1).float().mean().item())
+        return output
+
+    trainer._generate_and_score_completions = recorded
+    return lengths
+
+
+def measure_memory(case: str, side: str, folder: Path, steps: int) -> float:
+    """Peak resident GiB of a process that makes a few steps of one side."""
+    command = [
+        sys.executable,
+        __file__,
+        "--cases",
+        case,
+        "--side",
+        side,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(steps),
+    ]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
+    return float(output.strip().splitlines()[-1])
+
+
+def run_side(case: str, side: str, folder: Path, steps: int) -> None:
+    """Make steps of one side alone and print the peak memory."""
+    _, limit, _ = CASES[case]
+    if side == "trl":
+        make_trl(folder, limit, steps, folder / "trl").train()
+    else:
+        ours = Ours(folder, limit, side)
+        for _ in range(steps):
+            ours.step()
+    # Not getrusage: its maximum is inherited from the parent through fork.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
+
+
+def write_results(results: list[dict[str, Any]], threads: int) -> None:
+    """Write the table and the numbers behind it."""
+    import transformers
+    import trl
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
+    lines = [
+        "# One GRPO step: ours against TRL's GRPOTrainer",
+        "",
+        f"8 prompts x 8 completions, one optimizer step, no KL term, CPU float32, {threads} threads, {versions}. "
+        "Medians; the ratio is the median over turns of TRL's time / ours. Written by `python benchmarks/grpo.py`.",
+        "",
+        "| case | TRL s | ours s | ratio | ours with that forward s | ratio | generation share TRL / ours "
+        "| mean length TRL / ours | peak GiB TRL / ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r['case']} | {r['trl_seconds']:.3f} | {r['auto_seconds']:.3f} | {r['auto_ratio']:.2f} "
+            f"| {r['recompute_seconds']:.3f} | {r['recompute_ratio']:.2f} "
+            f"| {r['trl_generation_share']:.0%} / {r['auto_generation_share']:.0%} "
+            f"| {r['trl_length_mean']:.1f} / {r['our_length_mean']:.1f} "
+            f"| {r['trl_gib']:.2f} / {r['auto_gib']:.2f} |"
+        )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "grpo.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "grpo.json").write_text(json.dumps(results, indent=2) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    """Run the cases asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, default=15, help="measured steps of each side")
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--side", choices=["trl", "recompute", "auto"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.side:
+        return run_side(options.cases[0], options.side, options.folder, options.steps)
+    results = []
+    for case in options.cases:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            make_model(folder, case)
+            result = compare(case, folder, options.steps, options.warm_up)
+            for side in ("trl", "recompute", "auto"):
+                result[f"{side}_gib"] = measure_memory(case, side, folder, 4)
+            results.append(result)
+            print(json.dumps(result))
+    write_results(results, options.threads)
+    return None
+
+
+if __name__ == "__main__":
+    main()

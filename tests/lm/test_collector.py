@@ -1,0 +1,346 @@
+"""The prompt collector: where rewards sit, what is measured, what resumes, what is refused."""
+
+import pytest
+import torch
+
+from rlhf.core.advantages import group_relative
+from rlhf.data.records import Prompt
+from rlhf.errors import ConfigError, DataError, RewardError, TrainingError
+from rlhf.lm.actors import make_generator
+from rlhf.lm.collector import PromptCollector, rows_to_learn_from, shape_scores, telling_groups
+from rlhf.lm.collector_config import CollectorConfig, DynamicSampling, ShapingConfig
+from rlhf.lm.generation import Generation
+from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm
+from rlhf.lm.policy import LanguageModelPolicy
+from rlhf.lm.prompt_stream import PromptStream
+from rlhf.lm.reference import FrozenReference
+from rlhf.lm.sampling import SamplingConfig
+
+TOKENIZER = character_tokenizer("abc>")
+PAD, END, A, B = 0, 2, 3, 4
+MODEL = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+MODEL |= {"num_attention_heads": 2, "max_position_embeddings": 32}
+PROMPTS = [Prompt(text, {"answer": text[0]}) for text in ("a>", "bb>", "ccc>", "abc>")]
+
+
+class Scripted:
+    """A generator that writes what it is told, whatever the prompt."""
+
+    def __init__(self, *completions: list[int], limit: int = 4) -> None:
+        self.completions, self.limit = completions, limit
+
+    def generate(self, prompt_ids, prompt_mask, *, group_size=1, sampling, generator=None):
+        rows = [self.completions[row % len(self.completions)] for row in range(len(prompt_ids) * group_size)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+        ended = torch.tensor([row[-1] == END for row in rows])
+        return Generation(
+            completion_ids=ids, completion_mask=mask, sampling_log_probs=torch.zeros(ids.shape), ended=ended
+        )
+
+
+def count_a(completions, **columns):
+    return [float(text.count("a")) for text in completions]
+
+
+def make_policy(**arguments) -> LanguageModelPolicy:
+    torch.manual_seed(0)
+    return LanguageModelPolicy(load_causal_lm(ModelConfig(config=MODEL), TOKENIZER), **arguments)
+
+
+def make_collector(policy=None, *, generator=None, reward=count_a, prompts=PROMPTS, **arguments) -> PromptCollector:
+    policy = policy or make_policy()
+    config = CollectorConfig(
+        **{
+            "prompts_per_iteration": 2,
+            "group_size": 2,
+            "sampling": SamplingConfig(max_completion_length=4),
+            **arguments.pop("config", {}),
+        }
+    )
+    return PromptCollector(
+        prompts,
+        policy=policy,
+        generator=generator or make_generator(policy.model, TOKENIZER),
+        tokenizer=TOKENIZER,
+        reward=reward,
+        config=config,
+        **arguments,
+    )
+
+
+def test_the_score_sits_on_the_end_token_and_never_on_padding():
+    rollout = make_collector(generator=Scripted([A, END], [A, A, B, END])).collect()
+    assert rollout.rewards[0].tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert rollout.rewards[1].tolist() == [0.0, 0.0, 0.0, 2.0]
+    assert rollout.episode_ends[0].tolist() == [False, True, False, False]
+    assert rollout.action_mask[0].tolist() == [True, True, False, False]
+    assert rollout.scores.tolist() == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_a_pad_token_that_is_the_end_token_does_not_move_the_score():
+    tokenizer = character_tokenizer("abc>")
+    tokenizer.pad_token = tokenizer.eos_token
+    policy = make_policy()
+    collector = make_collector(policy, generator=Scripted([A, END], [A, A, B, END]))
+    collector.tokenizer = tokenizer
+    assert collector.collect().rewards[0].tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_a_completion_cut_at_the_limit_is_scored_on_its_last_token():
+    rollout = make_collector(generator=Scripted([A, END], [A, B, B, B])).collect()
+    assert rollout.rewards[1].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert rollout.episode_ends[1].tolist() == [False, False, False, True]
+    assert rollout.metrics["rollout/truncated_fraction"] == 0.5
+
+
+def test_the_reward_sees_text_without_special_tokens_and_the_columns_of_its_prompt():
+    seen = {}
+
+    def reward(prompts, completions, answer):
+        seen.update(prompts=prompts, completions=completions, answer=answer)
+        return [0.0] * len(completions)
+
+    make_collector(generator=Scripted([A, B, END]), reward=reward).collect()
+    assert seen["completions"] == ["ab"] * 4
+    assert seen["prompts"][0] == seen["prompts"][1] != seen["prompts"][2]
+    assert [prompt[0] for prompt in seen["prompts"]] == seen["answer"]
+
+
+def test_chat_prompts_get_chat_completions():
+    tokenizer = character_tokenizer("abc>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
+    seen = []
+
+    def reward(completions, **columns):
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    policy = make_policy()
+    PromptCollector(
+        [Prompt([{"role": "user", "content": "ab"}])],
+        policy=policy,
+        generator=Scripted([A, END]),
+        tokenizer=tokenizer,
+        reward=reward,
+        config=CollectorConfig(prompts_per_iteration=1, sampling=SamplingConfig(max_completion_length=4)),
+    ).collect()
+    assert seen == [[{"role": "assistant", "content": "a"}]]
+
+
+def test_groups_follow_the_position_of_the_prompt_not_its_text():
+    """Two equal prompts are two groups (Search-R1 #88: ids by text silently changed the baseline)."""
+    same = [Prompt("a>"), Prompt("a>")]
+    rollout = make_collector(prompts=same).collect()
+    assert rollout.group_ids.tolist() == [0, 0, 1, 1]
+
+
+def test_old_log_probs_are_those_of_a_plain_forward():
+    policy = make_policy()
+    rollout = make_collector(policy, config={"measure_tokens": 8}).collect()
+    for row in range(4):
+        prompt = rollout.inputs["prompt_ids"][row][rollout.inputs["prompt_mask"][row]]
+        completion = rollout.actions[row][rollout.action_mask[row]]
+        logits = policy.model(torch.cat([prompt, completion])[None]).logits[0]
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, completion[:, None]).squeeze(1)
+        got = rollout.old_log_probs[row][rollout.action_mask[row]]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            rollout.sampling_log_probs[row][rollout.action_mask[row]], expected, rtol=1e-4, atol=1e-5
+        )
+    assert rollout.metrics["rollout/sampling_mismatch_mean"] < 1e-5
+
+
+def test_the_reference_equals_the_policy_exactly_before_the_first_update():
+    policy = make_policy()
+    rollout = make_collector(policy, reference=FrozenReference(policy)).collect()
+    assert torch.equal(rollout.ref_log_probs, rollout.old_log_probs)
+    assert rollout.metrics["rollout/kl_to_ref"] == 0.0
+
+
+def test_next_values_are_the_following_tokens_values_and_zero_after_the_end():
+    policy = make_policy(critic="head")
+    torch.nn.init.normal_(policy.value_head.weight)
+    rollout = make_collector(policy, generator=Scripted([A, B, END], [A, END])).collect()
+    values, following = rollout.values, rollout.next_values
+    assert values.abs().sum() > 0
+    assert torch.equal(following[0], torch.stack([values[0, 1], values[0, 2], torch.tensor(0.0)]))
+    assert following[1, 0] == values[1, 1]
+    assert following[1, 1] == 0.0
+
+
+def test_prompts_come_once_each_before_any_comes_twice():
+    stream = PromptStream(6, batch=4, seed=3)
+    taken = stream.take() + stream.take() + stream.take()
+    assert sorted(taken[:6]) == sorted(taken[6:]) == list(range(6))
+    assert taken[:6] != taken[6:]
+
+
+def test_processes_share_one_stream():
+    whole = PromptStream(7, batch=4, seed=1)
+    parts = [PromptStream(7, batch=4, process=rank, processes=2, seed=1) for rank in range(2)]
+    for _ in range(5):
+        assert whole.take() == [index for part in parts for index in part.take()]
+
+
+def test_resume_draws_what_the_uninterrupted_collector_draws():
+    policy = make_policy()
+    first = make_collector(policy)
+    first.collect()
+    state = first.state_dict()
+    expected = first.collect()
+    second = make_collector(policy)
+    second.load_state_dict(state)
+    resumed = second.collect()
+    assert torch.equal(resumed.actions, expected.actions)
+    assert torch.equal(resumed.rewards, expected.rewards)
+    assert resumed.metrics == expected.metrics
+
+
+def test_different_iterations_draw_different_completions():
+    collector = make_collector(prompts=[Prompt("a>")], config={"prompts_per_iteration": 1, "group_size": 16})
+    first, second = collector.collect(), collector.collect()
+    assert first.actions.shape != second.actions.shape or not torch.equal(first.actions, second.actions)
+
+
+def test_shaping_in_order():
+    # Clip 9 to 5; the unended one gets -1 whatever its score; lengths 3 and 4 of 4 lie in the buffer of 2: -0.5, -1.
+    shaping = ShapingConfig(score_clip=5.0, missing_end_score=-1.0, overlong_buffer=2)
+    scores = shape_scores(
+        torch.tensor([9.0, 1.0, 1.0]),
+        shaping,
+        ended=torch.tensor([True, True, False]),
+        lengths=torch.tensor([2, 3, 4]),
+        limit=4,
+    )
+    assert scores.tolist() == [5.0, 0.5, -2.0]
+
+
+def test_raw_scores_are_logged_and_shaped_ones_are_learned_from():
+    collector = make_collector(generator=Scripted([A, A, END]), config={"shaping": {"score_clip": 0.5}})
+    rollout = collector.collect()
+    assert rollout.metrics["rollout/score_mean"] == 2.0
+    assert rollout.scores.tolist() == [0.5] * 4
+    assert rollout.samples[0]["score"] == 2.0
+    assert rollout.samples[0]["reward"] == 0.5
+
+
+def test_dynamic_sampling_replaces_uniform_groups():
+    """Rows 0-3 of each round: groups (1, 1) and (1, 0); two rounds give two groups that differ."""
+    generator = Scripted([A, END], [A, END], [A, END], [B, END])
+    collector = make_collector(generator=generator, config={"dynamic_sampling": DynamicSampling(max_rounds=3)})
+    rollout = collector.collect()
+    assert rollout.scores.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert rollout.group_ids.tolist() == [0, 0, 1, 1]
+    assert rollout.metrics["rollout/rounds"] == 2.0
+    assert rollout.metrics["rollout/uniform_groups_fraction"] == 0.5
+    assert rollout.metrics["rollout/uniform_groups_kept_fraction"] == 0.0
+
+
+def test_a_shortfall_of_dynamic_sampling_is_told(caplog):
+    collector = make_collector(generator=Scripted([A, END]), config={"dynamic_sampling": DynamicSampling(max_rounds=2)})
+    rollout = collector.collect()
+    assert rollout.metrics["rollout/uniform_groups_kept_fraction"] == 1.0
+    assert len(rollout.scores) == 4
+    assert "scores are all equal" in caplog.text
+
+
+def test_a_shortfall_can_stop_the_run():
+    dynamic = DynamicSampling(max_rounds=2, on_shortfall="error")
+    collector = make_collector(generator=Scripted([A, END]), config={"dynamic_sampling": dynamic})
+    with pytest.raises(TrainingError, match="max_rounds"):
+        collector.collect()
+
+
+def test_telling_groups_keep_their_order():
+    rewards = torch.tensor([0.0, 1.0, 2.0, 2.0, 3.0, 4.0])
+    groups, uniform = telling_groups(rewards, group_size=2, quota=2)
+    assert (groups.tolist(), uniform) == ([0, 2], 0)
+
+
+def test_truncated_rows_leave_their_group():
+    """The advantage of the others is that of a group without the truncated row: here (1, 3) around 2."""
+    generator = Scripted([A, END], [A, A, A, END], [A, A, A, A], [B, B, B, B], limit=4)
+    config = {"prompts_per_iteration": 1, "group_size": 4, "mask_truncated": True}
+    rollout = make_collector(generator=generator, config=config).collect()
+    assert rollout.scores.tolist() == [1.0, 3.0]
+    advantages = group_relative(rollout.scores, rollout.group_ids, scale="none")
+    assert advantages.tolist() == [-1.0, 1.0]
+
+
+def test_a_group_of_which_one_row_ended_is_left_out():
+    ended = torch.tensor([True, False, True, True])
+    assert rows_to_learn_from(ended, torch.tensor([0, 0, 1, 1]), grouped=True).tolist() == [2, 3]
+    assert rows_to_learn_from(ended, torch.tensor([0, 0, 1, 1]), grouped=False).tolist() == [0, 2, 3]
+
+
+def test_masking_everything_is_an_error():
+    collector = make_collector(generator=Scripted([B, B, B, B]), config={"mask_truncated": True})
+    with pytest.raises(TrainingError, match="max_completion_length"):
+        collector.collect()
+
+
+def test_auto_takes_the_generators_log_probs_only_after_a_check():
+    collector = make_collector(single_step=True)
+    first, second = collector.collect(), collector.collect()
+    assert "rollout/sampling_mismatch_mean" in first.metrics
+    assert "rollout/sampling_mismatch_mean" not in second.metrics
+    assert torch.equal(second.old_log_probs, second.sampling_log_probs)
+
+
+def test_auto_never_trusts_a_generator_that_disagrees():
+    """The scripted generator reports log-probs of 0, which is certainty."""
+    collector = make_collector(generator=Scripted([A, END]), single_step=True)
+    for _ in range(2):
+        rollout = collector.collect()
+        assert not torch.equal(rollout.old_log_probs, rollout.sampling_log_probs)
+        assert rollout.metrics["rollout/sampling_mismatch_mean"] > 1e-3
+
+
+def test_a_prompt_longer_than_the_limit_is_refused_before_anything_is_generated():
+    with pytest.raises(DataError, match=r"(?s)2 of 4 prompts.*expected at most 3"):
+        make_collector(config={"max_prompt_length": 3})
+
+
+def test_a_reward_function_that_raises_is_named():
+    def broken(completions, **columns):
+        raise KeyError("gone")
+
+    with pytest.raises(RewardError, match="broken"):
+        make_collector(reward=broken).collect()
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"), [([1.0], "wrong number"), ([float("nan")] * 4, "NaN"), (["1"] * 4, "no number")]
+)
+def test_bad_scores_are_refused(scores, message):
+    with pytest.raises(RewardError, match=message):
+        make_collector(reward=lambda completions, **columns: scores).collect()
+
+
+def test_another_temperature_than_the_policys_is_refused():
+    with pytest.raises(ConfigError, match="temperature"):
+        make_collector(make_policy(temperature=0.5))
+
+
+def test_no_prompts_are_refused():
+    with pytest.raises(ConfigError, match="no prompt"):
+        make_collector(prompts=[])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampling": {"greedy": True}},
+        {"group_size": 1, "dynamic_sampling": {"max_rounds": 2}},
+        {"old_log_probs": "sampling", "sampling": {"top_p": 0.9}},
+        {"shaping": {"overlong_buffer": 4}, "sampling": {"max_completion_length": 4}},
+    ],
+)
+def test_settings_without_meaning_are_refused(settings):
+    with pytest.raises(ValueError, match=r"set|lower|raise|use|shorter"):
+        CollectorConfig.model_validate(settings)
