@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor
 
 from rlhf.core.masking import Reduce, identity
@@ -41,7 +41,7 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
     """Refuse set-ups in which the learner's gradients would not be what it says.
 
     Raises:
-        ConfigError: float16 or DeepSpeed.
+        ConfigError: float16, DeepSpeed, Megatron or FSDP1.
     """
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ConfigError(
@@ -51,12 +51,21 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
             expected="no or bf16",
             remedy="Set mixed_precision to bf16.",
         )
-    if "DEEPSPEED" in accelerator.distributed_type.value.upper():
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or kind == DistributedType.MEGATRON_LM:
         raise ConfigError(
-            "DeepSpeed owns the backward pass and the step, which the learner needs",
+            "this engine owns the backward pass and the step, which the learner needs",
             where="accelerate's settings",
-            expected="DDP or FSDP",
-            remedy="Choose multi-GPU (DDP) or FSDP in `accelerate config`.",
+            got=kind.value,
+            expected="multi-GPU (DDP) or FSDP2",
+            remedy="Choose one of them in `accelerate config`.",
+        )
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError(
+            "FSDP1 renames and flattens the parameters that checkpoints are saved by",
+            where="accelerate's settings",
+            expected="fsdp_version: 2",
+            remedy="Set fsdp_version to 2 in accelerate's config file.",
         )
 
 

@@ -96,7 +96,7 @@ class Learner:
         self.updates = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._limits = MicrobatchLimits(rows=update.microbatch_rows, tokens=update.microbatch_tokens)
-        self._standardize = getattr(algorithm.advantages, "standardize", "none") == "minibatch"
+        self._standardizes = getattr(algorithm.advantages, "standardize", "none") == "minibatch"
         self._model, self._optimizer = prepare_policy(policy, update, self.accelerator)
         # DDP and FSDP average gradients over processes; our denominators are global already.
         self._averages = self.accelerator.num_processes > 1 and self._optimizer.flat is None
@@ -147,7 +147,10 @@ class Learner:
         self, experience: Experience, tally: Tally, *, kl_coef: float, clip_scale: float
     ) -> tuple[Experience, Epoch]:
         """All optimizer steps; returns the last epoch's rows in their order, and its plan."""
-        shard = make_shard(self.accelerator, len(experience), minibatches=self.algorithm.minibatches)
+        minibatches = self.algorithm.minibatches
+        shard = make_shard(self.accelerator, len(experience), minibatches=minibatches)
+        if self._standardizes and minibatches == 1:  # the minibatch is the whole: once is enough for all epochs
+            experience = standardize_advantages(experience, reduce=self.reduce)
         for epoch, plan in enumerate(self._plan(experience, shard)):
             rows = experience if plan.order is None else experience.select(plan.order.to(experience.actions.device))
             tally.start_epoch()
@@ -156,7 +159,7 @@ class Learner:
                     tally.skip()  # nothing to learn from, yet Adam's momentum would move the weights
                     continue
                 own = rows_between(rows, minibatch.start, minibatch.stop)
-                if self._standardize:
+                if self._standardizes and minibatches > 1:
                     own = standardize_advantages(own, reduce=self.reduce)
                 sums = self._backward(own, minibatch, filler_from=rows, kl_coef=kl_coef, clip_scale=clip_scale)
                 measured = self._measure(sums)

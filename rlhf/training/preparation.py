@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from rlhf.core.algorithm import AlgorithmConfig, TokenMean
@@ -20,6 +21,12 @@ def prepare_policy(
 ) -> tuple[nn.Module, PolicyOptimizer]:
     """The module to call (wrapped where there are several processes or autocast) and its optimizer."""
     if update.flatten_parameters:
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ConfigError(
+                "sharded parameters cannot be views of one flat tensor",
+                where="update.flatten_parameters",
+                remedy="Set it to false; it is meant for small policies, which need no FSDP.",
+            )
         model = accelerator.prepare_model(policy, evaluation_mode=True)  # device and autocast; no DDP: one all-reduce
         named = _trainable(policy)
         flat = FlatParameters(named)

@@ -41,6 +41,7 @@ from rlhf.training.environment import package_versions
 from rlhf.training.metrics import ConsoleLog, JsonLines, Trackers, flatten_settings, jsonable, require_trackers
 from rlhf.training.run_config import RunConfig
 from rlhf.training.run_directory import prepare_directory
+from rlhf.training.stopping import StopRequest
 
 CONFIG_NAME_VARIABLE = "RLHF_CONFIG_NAME"
 RUN_STATE = "run"
@@ -105,6 +106,7 @@ class Run:
         self._console = ConsoleLog(
             total=iterations, enabled=self._is_main, bar=run.progress_bar, every=run.log_every, name=recipe
         )
+        self._stop = StopRequest(self._console.say)
         self._trackers: Trackers | None = None
         self._last: dict[str, float] = {}
         self._seconds_before, self._started = 0.0, time.monotonic()
@@ -213,7 +215,10 @@ class Run:
     # --- iterations -------------------------------------------------------------------------------------------------
 
     def iterations(self) -> Iterator[int]:
-        """Yield the iterations that are left, counted from 1."""
+        """Yield the iterations that are left, counted from 1.
+
+        Ctrl-C or SIGTERM stops after the iteration that runs, with a checkpoint; a second one stops at once.
+        """
         if self._resumed_from is not None:
             set_random_state(self._random_state)
         elif self.accelerator.process_index > 0:
@@ -224,9 +229,11 @@ class Run:
             self._trackers = Trackers(self.config.trackers, project=self.recipe, logging_dir=folder, config=settings)
         self._started = time.monotonic()
         self._console.start(completed=self.completed)
+        self._stop.listen()
         try:
             yield from range(self.completed + 1, self.total + 1)
         finally:
+            self._stop.leave()
             self._console.stop()
 
     def progress(self, iteration: int) -> float:
@@ -257,11 +264,15 @@ class Run:
             if self._trackers is not None and (iteration % self.config.log_every == 0 or is_last):
                 self._trackers.log(record, step=iteration)
         self._console.iteration(iteration, record)
-        if is_best or _due(iteration, self.config.checkpoint_every, is_last):
+        # Signals reach processes at different moments; they stop together, at the first that was asked.
+        stops = any(gather_objects(self.accelerator, self._stop.requested)) and not is_last
+        if is_best or stops or _due(iteration, self.config.checkpoint_every, is_last):
             path = self._save()
             if is_best and self._is_main:
                 metric = self._best_name()
                 self._store.mark_best(path, metric=metric, value=record[metric])
+        if stops:
+            self._stop.act()
 
     def _rollout_metrics(self, rollout: Rollout | None) -> dict[str, float]:
         everywhere = gather_objects(self.accelerator, dict(rollout.metrics) if rollout is not None else {})

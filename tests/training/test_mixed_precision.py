@@ -10,16 +10,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, "tests/training")
-from small_worlds import make_language_experience, tiny_language_policy
+from small_worlds import ActorCritic, make_experience
 from rlhf.core.presets import ALGORITHMS
 from rlhf.training import Learner, UpdateConfig, make_accelerator
 from rlhf.training.distributed import refuse_unsupported
 accelerator = make_accelerator(mixed_precision="bf16")
-experience = make_language_experience()
+experience = make_experience()
 for flatten in (False, True):
-    exact = tiny_language_policy()
+    exact = ActorCritic()
     expected = exact(experience.inputs, experience.actions).log_probs
-    policy = tiny_language_policy()
+    policy = ActorCritic()
     update = UpdateConfig(learning_rate=1e-2, flatten_parameters=flatten)
     learner = Learner(policy, ALGORITHMS["ppo_rlhf"], update, accelerator=accelerator)
     output = policy(experience.inputs, experience.actions)
