@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(file for folder in ("rlhf", "classic_rl", "reward_models") for file in (ROOT / folder).rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-FUNCTION_LINES, FILE_LINES, RECIPE_LINES = 60, 500, 70
+FUNCTION_LINES, FILE_LINES, RECIPE_LINES = 60, 500, 75
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
