@@ -9,12 +9,12 @@ standardized per minibatch, no value clip, no entropy bonus. Stable-Baselines3 r
 users call it, and over a plain `DummyVecEnv`, its fastest form (it has no use for CartPole's own vector form, which
 resets on the next step). Ours runs through the loop that users run, files and final checkpoint included.
 
-Time is wall time of the training call, after one warm-up of each side. A step is one that the policy acted in: the
-reset steps of our vector environment are not counted. Returns are greedy means over 20 episodes after training, one seed per
+Time is wall time of the training call, after one warm-up of each side. A step is one that the policy acted in: our
+vector environment's reset steps are not counted. Returns are greedy means over 20 episodes after training, one seed per
 repetition.
 """
 
-# ruff: noqa: E402  (threads must be limited before torch and NumPy are imported)
+
 from __future__ import annotations
 
 import argparse

@@ -38,13 +38,13 @@ class ActorCritic(nn.Module):
         self.network_config = network or NetworkConfig()
         self.observation_space, self.action_space = observation_space, action_space
         sizes = [observation_size(observation_space), *self.network_config.hidden_sizes]
-        activation = self.network_config.activation
+        settings = {"activation": self.network_config.activation, "kernel": self.network_config.kernel}
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             self.distribution = make_distribution(action_space, initial_log_std=self.network_config.initial_log_std)
-            self.actor = MLP([*sizes, self.distribution.num_outputs], activation=activation, output_gain=0.01)
-            self.critic = MLP([*sizes, 1], activation=activation, output_gain=1.0) if critic else None
+            self.actor = MLP([*sizes, self.distribution.num_outputs], output_gain=0.01, **settings)
+            self.critic = MLP([*sizes, 1], output_gain=1.0, **settings) if critic else None
 
     def forward(self, inputs: Mapping[str, Tensor], actions: Tensor) -> PolicyOutput:
         """Score actions [B, T, ...] taken at `inputs["observations"]` [B, T, D]; outputs [B, T]."""

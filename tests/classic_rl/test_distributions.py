@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.testing import assert_close
 
 from classic_rl.distributions import make_distribution
+from classic_rl.networks import MLP
 from classic_rl.policy import ActorCritic
 from rlhf.core.types import Policy
 from rlhf.errors import ConfigError
@@ -112,3 +115,21 @@ def test_a_seed_fixes_the_weights_and_leaves_torchs_generator_alone():
     first, second = (ActorCritic(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), seed=7) for _ in range(2))
     assert torch.equal(first.actor.layers[0].weight, second.actor.layers[0].weight)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_the_numpy_kernel_has_torchs_outputs_and_gradients(activation):
+    torch.manual_seed(0)
+    fast = MLP([5, 16, 8, 3], activation=activation)
+    plain = copy.deepcopy(fast)
+    plain.kernel = "torch"
+    x, weights = torch.randn(4, 6, 5), torch.randn(4, 6, 3)
+    for network in (fast, plain):
+        (network(x) * weights).sum().backward()
+    assert_close(fast(x), plain(x))
+    assert_close([p.grad for p in fast.parameters()], [p.grad for p in plain.parameters()], rtol=1e-5, atol=1e-5)
+    # What the kernel cannot do goes torch's way: gradients of the input, other dtypes.
+    x.requires_grad_()
+    fast(x).sum().backward()
+    assert x.grad is not None
+    assert fast.double()(x.detach().double()).dtype == torch.float64

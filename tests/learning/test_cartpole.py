@@ -1,0 +1,31 @@
+"""CartPole-v1 is solved: gymnasium registers 475 as its threshold."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import load_config
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def _recipe():
+    spec = importlib.util.spec_from_file_location("on_policy_recipe", RECIPES / "on_policy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cartpole_ppo", "cartpole_a2c"])
+def test_cartpole_is_solved(tmp_path, name):
+    recipe = _recipe()
+    config = load_config(
+        recipe.CONFIG, RECIPES / "configs/on_policy" / f"{name}.yaml", [f"run.directory={tmp_path / name}"]
+    )
+    metrics = recipe.main(config)
+    assert metrics["evaluation/return_mean"] >= 475
+    assert (tmp_path / name / "policy" / "policy.safetensors").is_file()
