@@ -136,7 +136,7 @@ class Ours:
             old_log_probs=old_log_probs,
             samples=0,
         )
-        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=4096, adam_epsilon=1e-8)
+        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=2048, adam_epsilon=1e-8)
         self.algorithm = algorithm
         self.learner = Learner(policy, algorithm, update, accelerator=make_accelerator())
         self.collector = PromptCollector(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf.core.algorithm import AlgorithmConfig
@@ -71,6 +72,10 @@ def make_actors(
         critic=_make_critic(critic, model, tokenizer) if algorithm.needs_critic else "none",
         temperature=temperature,
     ).to(accelerator.device)
+    for module in policy.modules():
+        # The policy keeps its models in eval mode anyway; the learner asks for the probabilities themselves.
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     generator = make_generator(language_model, tokenizer)
     # Made before the first update: it is the policy as it is now.
     reference = FrozenReference(policy).to(accelerator.device) if algorithm.needs_reference else None

@@ -339,6 +339,7 @@ def _trl_settings(config: SftConfig, *, seed: int) -> Any:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=not on_cpu,
         seed=seed,
         data_seed=seed,

@@ -117,6 +117,14 @@ def test_lora_learns_adapters_only(tmp_path):
     assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
 
 
+def test_a_model_that_comes_with_dropout_is_trained_without(tmp_path):
+    model = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    run("ppo_rlhf", settings(tmp_path, model={"config": model}, iterations=1))
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["rollout/kl_to_ref"] == 0.0
+    assert first["rollout/sampling_mismatch_max"] < 1e-4
+
+
 def test_groups_of_one_are_refused(tmp_path):
     values = settings(tmp_path)
     values["collector"]["group_size"] = 1
