@@ -7,35 +7,95 @@ from collections.abc import Sequence
 from typing import Any
 
 CHEERFUL = frozenset(
-    "happy happily smile smiled smiling smiles laugh laughed laughing laughs fun love loved loves hug hugged hugs play "
-    "played playing friend friends joy yay proud excited wonderful best kind nice thank thanked".split()
+    {
+        "happy",
+        "happily",
+        "smile",
+        "smiled",
+        "smiling",
+        "smiles",
+        "laugh",
+        "laughed",
+        "laughing",
+        "laughs",
+        "fun",
+        "love",
+        "loved",
+        "loves",
+        "hug",
+        "hugged",
+        "hugs",
+        "play",
+        "played",
+        "playing",
+        "friend",
+        "friends",
+        "joy",
+        "yay",
+        "proud",
+        "excited",
+        "wonderful",
+        "best",
+        "kind",
+        "nice",
+        "thank",
+        "thanked",
+    }
 )
 SAD = frozenset(
-    "sad sadly cry cried crying cries tear tears hurt hurts scared afraid angry mad lost alone lonely sorry bad broke "
-    "broken dark sick pain scary fell worried upset".split()
+    {
+        "sad",
+        "sadly",
+        "cry",
+        "cried",
+        "crying",
+        "cries",
+        "tear",
+        "tears",
+        "hurt",
+        "hurts",
+        "scared",
+        "afraid",
+        "angry",
+        "mad",
+        "lost",
+        "alone",
+        "lonely",
+        "sorry",
+        "bad",
+        "broke",
+        "broken",
+        "dark",
+        "sick",
+        "pain",
+        "scary",
+        "fell",
+        "worried",
+        "upset",
+    }
 )
 _WORD = re.compile(r"[a-z']+")
 
 
 def cheerfulness(completions: Sequence[str], **columns: Any) -> list[float]:
-    """(cheerful words - sad words) / all words x 10, by two short lists of words: a stated rule, not a judgement.
+    """Cheerful words minus sad words, by two short lists: a stated rule, not a judgement.
+
+    A count, not a share of the words: a share is highest for a story that stops after its first cheerful word.
 
     Args:
         completions: Story continuations.
         columns: Not read.
 
     Returns:
-        One score per completion; 0 for a completion without words.
+        One score per completion.
 
     >>> cheerfulness(["They were happy and had fun.", "He was sad."])
-    [3.3333333333333335, -3.3333333333333335]
+    [2.0, -1.0]
     """
-    scores = []
-    for completion in completions:
-        words = _WORD.findall(completion.lower())
-        balance = sum((word in CHEERFUL) - (word in SAD) for word in words)
-        scores.append(10 * balance / len(words) if words else 0.0)
-    return scores
+    return [
+        float(sum((word in CHEERFUL) - (word in SAD) for word in _WORD.findall(completion.lower())))
+        for completion in completions
+    ]
 
 
 def names_animal(completions: Sequence[str], animal: Sequence[str], **columns: Any) -> list[float]:
