@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/rlhf run pipeline
+	$(BIN)/rlhf run pipeline run.overwrite=true
 
 test: $(STAMP)
 	$(PYTEST)
