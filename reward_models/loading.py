@@ -64,7 +64,8 @@ def make_reward_model(
 
 def open_classifier(path: str | Path, *, dtype: Any = torch.float32, attention: str | None = None) -> PreTrainedModel:
     """Open a sequence-classification folder or hub id, refusing one whose weights are incomplete."""
-    if not Path(path).is_dir() and str(path).startswith((".", "/", "~")):
+    looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if looks_local and not Path(path).is_dir():
         raise ModelError("no such model folder", where=str(path), expected="a folder saved by save_pretrained")
     arguments = {} if attention is None else {"attn_implementation": attention}
     try:

@@ -19,6 +19,9 @@ from rlhf.data.records import Text
 from rlhf.errors import ModelError, RewardError
 from rlhf.lm.loading import DTYPES
 
+REFERENCES = 512
+"""Training candidates that the first normalisation is measured on; the standard error of their mean is 0.044 std."""
+
 
 class RewardModelScorer:
     """Scores completions with a reward model; called as every reward function, `(prompts, completions, **columns)`.
@@ -63,8 +66,8 @@ class RewardModelScorer:
 
         Args:
             trainer: After training.
-            normalize: Give scores mean 0 and standard deviation 1 over the candidates it was trained on. Before RL,
-                `normalize_on` samples of the model that RL starts from.
+            normalize: Give scores mean 0 and standard deviation 1 over the candidates it was trained on (at most 512 of
+                them, evenly spaced). Before RL, `normalize_on` samples of the model that RL starts from.
             batch_tokens: Tokens, padding included, in one forward.
         """
         scorer = cls(
@@ -76,6 +79,7 @@ class RewardModelScorer:
         )
         if normalize:
             sequences = [ids for ranking in trainer.rankings for ids in ranking.sequences]
+            sequences = sequences[:: -(-len(sequences) // REFERENCES)]
             raw = score_sequences(scorer.model, sequences, pad_id=trainer.pad_id, batch_tokens=batch_tokens)
             scorer._normalize(raw, unit_variance=True)
         return scorer
