@@ -7,9 +7,11 @@ Cohere and Granite). So the head here repeats it, and `split_model` checks by a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,6 +58,12 @@ class CausalParts:
     head: LogitsHead
     config: PretrainedConfig
     """The text config of the model."""
+
+
+@cache
+def takes_positions(body: type[nn.Module]) -> bool:
+    """Whether a body's forward knows `position_ids`; ALiBi models (BLOOM, MPT) do not."""
+    return "position_ids" in inspect.signature(body.forward).parameters
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rlhf.errors import ModelError
-from rlhf.lm.backbone import CausalParts, evaluating
+from rlhf.lm.backbone import CausalParts, evaluating, takes_positions
 from rlhf.lm.cache import InPlaceCache, padding_bias
 from rlhf.lm.sampling import SamplingConfig, choose_tokens
 from rlhf.lm.shared_prompt import SharedPromptError, shared_prompt_attention
@@ -60,17 +59,17 @@ def plan_decoding(parts: CausalParts, *, share_prompts: bool = True) -> Decoding
             remedy="Set the generator's backend to `generate` (slower: transformers' own loop).",
         )
     windows = [settings["sliding_window"] for settings in layer_settings if settings.get("sliding_window")]
-    takes_positions = "position_ids" in inspect.signature(type(parts.body).forward).parameters
+    positions = takes_positions(type(parts.body))
     plan = DecodingPlan(
         parts=parts,
         num_layers=len(layer_types),
         sliding_window=min(windows) if windows else None,
-        takes_positions=takes_positions,
-        builds_own_mask=not takes_positions or parts.config._attn_implementation not in ("sdpa", "eager"),
+        takes_positions=positions,
+        builds_own_mask=not positions or parts.config._attn_implementation not in ("sdpa", "eager"),
         can_share_prompts=False,
     )
     # sdpa models know no soft-capped scores, attention sinks or position biases; eager ones may.
-    plain = takes_positions and parts.config._attn_implementation == "sdpa" and set(layer_types) == {"full_attention"}
+    plain = positions and parts.config._attn_implementation == "sdpa" and set(layer_types) == {"full_attention"}
     return replace(plan, can_share_prompts=share_prompts and plain and _sharing_is_exact(plan))
 
 

@@ -111,9 +111,10 @@ class TransformersGenerator:
             `Generation` with N * group_size rows.
 
         Raises:
-            DataError: A prompt is empty or not padded on the left.
+            DataError: A prompt is empty or not padded on the left, or prompt and completion may exceed the context.
         """
         _require_left_padding(prompt_ids, prompt_mask)
+        self._require_room(prompt_mask, sampling)
         with evaluating(self.model):
             if self._plan is None:
                 return self._generate(prompt_ids, prompt_mask, group_size, sampling, generator)
@@ -129,6 +130,19 @@ class TransformersGenerator:
             )
             steps = decoder.run()
         return self._finish(decoder.token_ids[:steps].T, decoder.log_probs[:steps].T)
+
+    def _require_room(self, prompt_mask: Tensor, sampling: SamplingConfig) -> None:
+        """Beyond its context a model has no positions (GPT-2 fails deep inside) or writes noise (rotary models)."""
+        context = getattr(unwrap_adapters(self.model).config.get_text_config(), "max_position_embeddings", None)
+        needed = int(prompt_mask.sum(dim=1).max()) + sampling.max_completion_length
+        if context is not None and needed > context:
+            raise DataError(
+                "longest prompt and max_completion_length together exceed the model's context",
+                where="sampling.max_completion_length",
+                got=needed,
+                expected=f"at most {context} tokens",
+                remedy="Lower sampling.max_completion_length or the greatest prompt length.",
+            )
 
     def _generate(
         self,

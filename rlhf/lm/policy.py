@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.core.types import PolicyOutput
 from rlhf.errors import DataError, ModelError
-from rlhf.lm.backbone import split_model, unwrap_adapters
+from rlhf.lm.backbone import split_model, takes_positions, unwrap_adapters
 from rlhf.lm.log_probs import selected_log_probs
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -218,7 +217,7 @@ def pack_rows(inputs: Mapping[str, Tensor], actions: Tensor, *, fill_id: int = 0
 def _hidden_states(body: nn.Module, packed: PackedRows) -> Tensor:
     """[N, H] hidden states of the positions that predict completion tokens."""
     positions = torch.arange(packed.ids.shape[1], device=packed.ids.device)[None]
-    arguments = {"position_ids": positions} if _takes_positions(body) else {}
+    arguments = {"position_ids": positions} if takes_positions(type(body)) else {}
     hidden = body(input_ids=packed.ids, use_cache=False, **arguments)[0]
     return hidden.flatten(0, 1).index_select(0, packed.sources)
 
@@ -279,8 +278,3 @@ def _keep_checkpointing(model: nn.Module) -> None:
             for name, value in vars(layer).items():
                 if "dropout" in name and isinstance(value, float):
                     setattr(layer, name, 0.0)
-
-
-def _takes_positions(body: nn.Module) -> bool:
-    """ALiBi models (BLOOM, MPT) know no `position_ids`; rows packed to the left need none."""
-    return "position_ids" in inspect.signature(type(body).forward).parameters

@@ -214,7 +214,7 @@ def test_any_of_several_end_tokens_ends_and_padding_may_be_one_of_them():
 
 def test_completions_are_as_wide_as_the_longest():
     generation = make(ending_model(probability=0.9)).generate(
-        *left_padded((4,)), group_size=4, sampling=SamplingConfig(max_completion_length=500), generator=seeded()
+        *left_padded((4,)), group_size=4, sampling=SamplingConfig(max_completion_length=110), generator=seeded()
     )
     assert generation.completion_ids.shape[1] == int(generation.completion_mask.sum(dim=1).max()) < 100
 
@@ -287,7 +287,15 @@ def test_recurrent_model_is_refused_with_the_remedy_that_works():
 )
 def test_bad_prompts_are_refused(change, message):
     with pytest.raises(DataError, match=message):
-        make(fresh_model()).generate(*change(*left_padded((3, 6))), sampling=SamplingConfig())
+        make(fresh_model()).generate(*change(*left_padded((3, 6))), sampling=SamplingConfig(max_completion_length=8))
+
+
+def test_context_too_short_is_refused_before_anything_runs():
+    # The fresh models have 128 positions: 5 + 124 is one too many.
+    with pytest.raises(DataError, match=r"context.*got 129.*at most 128"):
+        make(fresh_model("gpt2")).generate(*left_padded((3, 5)), sampling=SamplingConfig(max_completion_length=124))
+    sampling = SamplingConfig(max_completion_length=123)
+    assert make(fresh_model("gpt2")).generate(*left_padded((3, 5)), sampling=sampling).completion_ids.shape[1] <= 123
 
 
 def test_no_end_token_is_refused():
