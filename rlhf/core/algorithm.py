@@ -328,7 +328,7 @@ class AlgorithmConfig(Config):
         if self.value_loss is not None and not self.wants_values:
             raise ValueError(
                 f"advantages {self.advantages.type!r} use no critic, so value_loss trains one for nothing; "
-                "remove value_loss, or use gae, n_step, or rewards_to_go with baseline: value"
+                "set value_loss: null, or use gae, n_step, or rewards_to_go with baseline: value"
             )
         if isinstance(self.surrogate, PolicyGradient) and self.ratio != "token":
             raise ValueError("policy_gradient ignores the ratio; remove `ratio`, or use a clipped surrogate")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from rlhf.config import merge_settings
 from rlhf.core.algorithm import (
     AdaptiveKl,
     AlgorithmConfig,
@@ -129,7 +130,7 @@ def resolve_algorithm(value: Any) -> Any:
         return _preset(value)
     if isinstance(value, Mapping) and "preset" in value:
         changes = {key: change for key, change in value.items() if key != "preset"}
-        return _merge(_preset(str(value["preset"])).model_dump(), changes)
+        return merge_settings(_preset(str(value["preset"])).model_dump(), changes)
     return value
 
 
@@ -139,21 +140,6 @@ def _preset(name: str) -> AlgorithmConfig:
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise ValueError(f"no algorithm named {name!r}; {hint}there are: {', '.join(ALGORITHMS)}")
     return ALGORITHMS[name]
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, change in changes.items():
-        current = merged.get(key)
-        if (
-            isinstance(current, Mapping)
-            and isinstance(change, Mapping)
-            and change.get("type") in (None, current.get("type"))
-        ):
-            merged[key] = _merge(current, change)
-        else:
-            merged[key] = change
-    return merged
 
 
 AlgorithmChoice = Annotated[AlgorithmConfig, BeforeValidator(resolve_algorithm)]

@@ -38,7 +38,7 @@ from rlhf.core.algorithm import (
         ({"advantages": RewardsToGo(baseline="value")}, "'rewards_to_go' need a critic that nothing trains"),
         (
             {"advantages": GroupRelative(), "value_loss": SquaredValueLoss()},
-            "'group_relative' use no critic, so value_loss trains one for nothing; remove value_loss",
+            "'group_relative' use no critic, so value_loss trains one for nothing; set value_loss: null",
         ),
         ({"advantages": RewardsToGo(), "value_loss": SquaredValueLoss()}, "'rewards_to_go' use no critic"),
         (
