@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from rlhf.commands.recipes import find_recipe, import_recipe
 from rlhf.config import load_config
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-def _recipe():
-    spec = importlib.util.spec_from_file_location("on_policy_recipe", RECIPES / "on_policy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cartpole_ppo", "cartpole_a2c"])
 def test_cartpole_is_solved(tmp_path, name):
-    recipe = _recipe()
+    recipe = import_recipe(find_recipe("on_policy"))
     config = load_config(
         recipe.CONFIG, RECIPES / "configs/on_policy" / f"{name}.yaml", [f"run.directory={tmp_path / name}"]
     )
