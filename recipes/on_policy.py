@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from classic_rl.collector import CollectSteps, Processes
@@ -14,6 +13,7 @@ from classic_rl.evaluation import EvaluationConfig, evaluate
 from classic_rl.networks import NetworkConfig
 from classic_rl.policy import ActorCritic
 from classic_rl.saving import save
+from classic_rl.threads import limit_threads
 from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.core.presets import AlgorithmChoice
@@ -36,13 +36,13 @@ class OnPolicyConfig(Config):
     update: UpdateConfig = UpdateConfig(flatten_parameters=True)
     evaluation: EvaluationConfig = EvaluationConfig()
     threads: int = Field(1, ge=1)
-    """torch's threads; more than one slows small networks down."""
+    """Of torch and NumPy; more than one slows small networks down."""
     run: RunConfig = RunConfig()
 
 
 def main(config: OnPolicyConfig) -> dict[str, float]:
     """Train, evaluate greedily, save the policy to `<run directory>/policy`."""
-    torch.set_num_threads(config.threads)
+    limit_threads(config.threads)
     accelerator = make_accelerator()
     probe = make_environments(config.environment, num_envs=1)
     policy = ActorCritic(
