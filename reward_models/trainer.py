@@ -172,7 +172,7 @@ def make_trainer(
         max_length=encode["max_length"],
         arguments=arguments,
     )
-    trainer.counts = {**_counts(report, "train"), **_counts(held_out_report, "evaluation")}
+    trainer.counts = {**_counts(report, "train"), **_counts(held_out_report, "held_out")}
     return trainer
 
 

@@ -49,7 +49,7 @@ def weights(model):
 def test_any_split_of_a_step_gives_the_same_weights(tokenizer, reward_model, changes):
     # Ten prompts in steps of six: the last step is short, where a mean of microbatch means would be wrong.
     other = copy.deepcopy(reward_model)
-    # One large SGD-like step would hide nothing; Adam's epsilon is large so that no tiny gradient is blown up.
+    # Adam with a large epsilon: tiny differences of tiny gradients are not blown up.
     whole = RewardModelConfig(batch_prompts=6, adam_epsilon=1e-2, max_grad_norm=1e9, **SLOW)
     train(reward_model, tokenizer, whole, count=10)
     train(other, tokenizer, whole.model_copy(update=changes), count=10)
