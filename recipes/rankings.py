@@ -61,9 +61,7 @@ def main(config: RankingsConfig) -> dict[str, float]:
             random=random,
         )
         scores, _ = score_samples(scorer, samples)
-        rankings = rank_samples(
-            samples, scores, num_candidates=config.num_candidates, min_gap=config.min_score_gap
-        )
+        rankings = rank_samples(samples, scores, num_candidates=config.num_candidates, min_gap=config.min_score_gap)
         tied = write_rankings(run.directory / f"{name}.jsonl", rankings)
         run.say(f"{name}.jsonl: {len(rankings) - tied} rankings of {config.num_candidates}; {tied} all tied, left out")
         return {f"{name}": len(rankings) - tied, f"{name}_tied": tied, f"{name}_score_mean": scores.mean().item()}
