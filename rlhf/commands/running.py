@@ -73,6 +73,8 @@ class Request:
 def run_here(request: Request) -> int:
     """Run the recipe in this process and return the exit code."""
     os.environ[CONFIG_NAME_VARIABLE] = request.config_name
+    if not sys.stderr.isatty():  # in a log file, transformers' bars of loading weights are noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     module, config = request.load()
     module.main(config)
     return 0
