@@ -38,7 +38,7 @@ from rlhf.training.distributed import (
     set_random_state,
 )
 from rlhf.training.environment import package_versions
-from rlhf.training.metrics import ConsoleLog, JsonLines, Trackers, flatten_settings, jsonable, require_trackers
+from rlhf.training.metrics import ConsoleLog, JsonLines, Trackers, flatten_settings, headline, jsonable, require_trackers
 from rlhf.training.run_config import RunConfig
 from rlhf.training.run_directory import prepare_directory
 from rlhf.training.stopping import StopRequest
@@ -192,7 +192,7 @@ class Run:
             if self.config.resume:
                 self._console.say(f"no checkpoint in {self._store.directory}: the run starts from its beginning")
                 if self._is_main:
-                    self._metrics.keep_until(0)
+                    self._metrics.keep_until(-1)  # the evaluation before the first iteration is made again
                     self._samples.keep_until(0)
             return
         state = self._store.load(self._resumed_from, RUN_STATE)
@@ -231,10 +231,20 @@ class Run:
         self._console.start(completed=self.completed)
         self._stop.listen()
         try:
+            self._evaluate_start()
             yield from range(self.completed + 1, self.total + 1)
         finally:
             self._stop.leave()
             self._console.stop()
+
+    def _evaluate_start(self) -> None:
+        """Record as iteration 0 what the policy could do before it learnt anything: the baseline of every curve."""
+        if self.completed > 0 or self.evaluate is None or self.config.evaluate_every == 0:
+            return
+        evaluation = self._evaluate()
+        if self._is_main:
+            self._metrics.write([{"iteration": 0, "seconds": self._seconds(), **evaluation}])
+        self._console.say(f"{self.recipe} before learning  {headline(evaluation)}")
 
     def progress(self, iteration: int) -> float:
         """Return the share of the run that is done before `iteration`, in [0, 1)."""

@@ -17,7 +17,7 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0)
     """Of everything random: initial weights, environments, sampling, shuffling."""
     evaluate_every: int = Field(0, ge=0)
-    """Iterations between evaluations; 0 evaluates at the end only."""
+    """Iterations between evaluations, the first before iteration 1; 0 evaluates at the end only."""
     checkpoint_every: int = Field(0, ge=0)
     """Iterations between checkpoints; 0 saves at the end only."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -133,9 +133,9 @@ def run_once(model, tokenizer, directory, **run):
 def test_run_records_every_step_and_the_summary(tmp_path, tokenizer, reward_model):
     run_once(reward_model, tokenizer, tmp_path / "run", evaluate_every=2)
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [record["iteration"] for record in records] == [1, 2, 3]
-    assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in records)
-    assert ["evaluation/accuracy" in record for record in records] == [False, True, True]
+    assert [record["iteration"] for record in records] == [0, 1, 2, 3]
+    assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in records[1:])
+    assert ["evaluation/accuracy" in record for record in records] == [True, False, True, True]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["metrics"]["evaluation/pairs"] > 0
     assert summary["metrics"]["train/truncated_candidates"] == 0

@@ -148,6 +148,16 @@ def test_changed_settings_are_kept_beside_each_other_and_said(tmp_path, capsys):
     assert len(lines(tmp_path / "metrics.jsonl")) == 3
 
 
+def test_the_baseline_is_recorded_as_iteration_0_once(tmp_path):
+    trainer = Trainer(tmp_path, evaluate_every=3, evaluate=lambda: {"score": 0.25})
+    trainer.train()
+    records = lines(tmp_path / "metrics.jsonl")
+    assert [record["iteration"] for record in records] == [0, 1, 2, 3, 4, 5, 6]
+    assert [record["iteration"] for record in records if "evaluation/score" in record] == [0, 3, 6]
+    Trainer(tmp_path, evaluate_every=3, resume=True, evaluate=lambda: {"score": 0.25}).train()
+    assert len(lines(tmp_path / "metrics.jsonl")) == 7
+
+
 def test_evaluating_does_not_change_the_run(tmp_path):
     def evaluate():
         return {"noise": torch.randn(3).sum().item()}
@@ -165,15 +175,15 @@ def test_evaluating_does_not_change_the_run(tmp_path):
 
 @pytest.mark.parametrize(("best_is", "iteration"), [("highest", 3), ("lowest", 5)])
 def test_the_best_checkpoint_stays_and_can_be_restored(tmp_path, best_is, iteration):
-    scores = {1: 0.5, 2: 0.6, 3: 0.9, 4: 0.2, 5: 0.1, 6: 0.4}
+    scores = {0: 1.0, 1: 0.5, 2: 0.6, 3: 0.9, 4: 0.2, 5: 0.1, 6: 0.4}  # 0 is before learning, without a checkpoint
     trainer = Trainer(
         tmp_path, evaluate_every=1, checkpoint_every=1, keep_checkpoints=1, best_metric="score", best_is=best_is
     )
     seen = {}
 
     def evaluate():
-        seen[len(seen) + 1] = trainer.policy.actor[0].bias.detach().clone()
-        return {"score": scores[len(seen)]}
+        seen[len(seen)] = trainer.policy.actor[0].bias.detach().clone()
+        return {"score": scores[len(seen) - 1]}
 
     trainer.run.evaluate = evaluate
     trainer.train()
