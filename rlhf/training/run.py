@@ -38,7 +38,15 @@ from rlhf.training.distributed import (
     set_random_state,
 )
 from rlhf.training.environment import package_versions
-from rlhf.training.metrics import ConsoleLog, JsonLines, Trackers, flatten_settings, headline, jsonable, require_trackers
+from rlhf.training.metrics import (
+    ConsoleLog,
+    JsonLines,
+    Trackers,
+    flatten_settings,
+    headline,
+    jsonable,
+    require_trackers,
+)
 from rlhf.training.run_config import RunConfig
 from rlhf.training.run_directory import prepare_directory
 from rlhf.training.stopping import StopRequest

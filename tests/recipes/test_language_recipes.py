@@ -147,7 +147,9 @@ def test_a_reward_that_fails_is_named(tmp_path):
 def test_sft_recipe_learns_and_judges(tmp_path):
     values = {
         "model": {"config": MODEL},
-        "demonstrations": {"task": {"name": "sort_letters", "word_length": 3, "letters": 5, "train": 64, "held_out": 6}},
+        "demonstrations": {
+            "task": {"name": "sort_letters", "word_length": 3, "letters": 5, "train": 64, "held_out": 6}
+        },
         "training": {"max_steps": 30, "batch_size": 32, "learning_rate": 1e-2},
         "reward": {"function": "rlhf.lm.tasks:sorted_letters"},
         "sampling": {"max_completion_length": 5},
