@@ -14,7 +14,6 @@ vector environment's reset steps are not counted. Returns are greedy means over 
 repetition.
 """
 
-
 from __future__ import annotations
 
 import argparse
