@@ -183,7 +183,11 @@ def test_defaults_that_do_not_suffice_name_the_configs(folder):
 
 def test_an_interrupted_run_says_that_checkpoints_are_kept(folder):
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf.cli", "run", "toy.py", "end=never"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rlhf.cli", "run", "toy.py", "end=never"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests are a shell's background job, SIGINT is ignored and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(folder / "started")
     process.send_signal(signal.SIGINT)

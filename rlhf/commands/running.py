@@ -182,7 +182,12 @@ class _SeedRun:
         self.started = time.monotonic()
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self.environment,
+                preexec_fn=_heed_interrupts,
             )
         typer.echo(f"seed {self.seed}: started, output in {self.log}")
 
@@ -217,6 +222,11 @@ def _run_all(runs: Sequence[_SeedRun], jobs: int) -> dict[int, int]:
             run.process.wait()
         signal.signal(signal.SIGTERM, previous)
     return codes
+
+
+def _heed_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and its children would too: then nothing could stop a seed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
