@@ -1,0 +1,32 @@
+"""The README's Python blocks do what they say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import rlhf.lm.fine_tuning
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_policy_of_ones_own_learns_its_reward():
+    variables = {}
+    exec(BLOCKS[0], variables)
+    assert variables["policy"].logits.softmax(-1)[7] > 0.9
+
+
+def test_the_language_model_block_is_a_valid_config(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rlhf.lm.fine_tuning, "fine_tune", lambda config, *, recipe: seen.append(config))
+    exec(BLOCKS[1], {})
+    assert seen[0].algorithm.advantages.type == "group_relative"
+    assert seen[0].collector.group_size == 8
+
+
+@pytest.mark.parametrize("name", re.findall(r"^\| `([a-z0-9_+]+)` \|", README.read_text(encoding="utf-8"), flags=re.M))
+def test_the_table_names_presets_only(name):
+    from rlhf.core.presets import ALGORITHMS
+
+    assert name in ALGORITHMS
