@@ -8,8 +8,7 @@ from pydantic import Field
 from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.data.records import Prompt
-from rlhf.data.tokenization import end_token_ids
-from rlhf.lm.generation import TransformersGenerator
+from rlhf.lm.actors import make_generator
 from rlhf.lm.loading import ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.lm.rankings import rank_samples, write_rankings
 from rlhf.lm.samples import sample_completions, score_samples
@@ -42,9 +41,7 @@ def main(config: RankingsConfig) -> dict[str, float]:
     run = Run(config.run, resolved=config, iterations=0, recipe="rankings")
     tokenizer = load_tokenizer(config.model)
     model = load_causal_lm(config.model, tokenizer).to(run.accelerator.device)
-    generator = TransformersGenerator(
-        model, end_token_ids=end_token_ids(tokenizer), pad_token_id=int(tokenizer.pad_token_id)
-    )
+    generator = make_generator(model, tokenizer)
     task = config.source.make_task()
     scorer = task.gold if config.scorer is None and task is not None else make_reward(config.scorer)
     random = torch.Generator().manual_seed(config.run.seed)
