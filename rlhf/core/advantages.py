@@ -17,12 +17,15 @@ from rlhf.errors import ConfigError
 
 GroupScale = Literal["sample_std", "population_std", "batch_std", "none"]
 
+CACHED_ELEMENTS = 1 << 18
+"""Elements of a block of rows that a CPU core's cache holds together with the scan's temporaries: 1 MiB of float32."""
+
 
 def discounted_scan(x: Float[Tensor, "B T"], decay: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Solve `y_t = x_t + decay_t * y_{t+1}` with `y_T = 0`, for all t at once.
 
     Recursive doubling: after round k, y_t holds the sum over the next 2^k steps. That is log2(T) passes over
-    contiguous memory instead of T dependent ones.
+    contiguous memory instead of T dependent ones. On a CPU rows go in blocks that stay in the cache between passes.
 
     Args:
         x: Increments.
@@ -34,6 +37,9 @@ def discounted_scan(x: Float[Tensor, "B T"], decay: Float[Tensor, "B T"]) -> Flo
     >>> discounted_scan(torch.tensor([[1.0, 1.0, 1.0]]), torch.full((1, 3), 0.5))
     tensor([[1.7500, 1.5000, 1.0000]])
     """
+    block = max(1, CACHED_ELEMENTS // max(1, x.shape[1]))
+    if x.shape[0] > block and x.device.type == "cpu":
+        return torch.cat([discounted_scan(*rows) for rows in zip(x.split(block), decay.split(block), strict=True)])
     y, span, steps = x.clone(), 1, x.shape[1]
     while span < steps:
         reach = steps - span

@@ -426,3 +426,12 @@ def test_the_deviation_of_the_batch_spans_processes(on_two_processes):
         slice(2, 4),
     )
     assert torch.allclose(torch.cat(parts), whole)
+
+
+def test_the_scan_of_many_rows_is_the_scan_of_each():
+    # 300 rows of 2000 steps exceed one block of the CPU's cache.
+    generator = torch.Generator().manual_seed(0)
+    x, decay = torch.rand(300, 2000, generator=generator), torch.rand(300, 2000, generator=generator)
+    scanned = discounted_scan(x, decay)
+    for row in (0, 130, 131, 299):
+        assert torch.equal(scanned[row : row + 1], discounted_scan(x[row : row + 1], decay[row : row + 1]))
