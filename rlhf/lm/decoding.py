@@ -13,6 +13,8 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from rlhf.errors import ModelError
 from rlhf.lm.backbone import CausalParts, evaluating, takes_positions
 from rlhf.lm.cache import InPlaceCache, padding_bias
+from rlhf.lm.fused_decoding import read_fused_step
+from rlhf.lm.fused_probe import fusing_is_exact
 from rlhf.lm.sampling import SamplingConfig, choose_tokens
 from rlhf.lm.shared_prompt import SharedPromptError, shared_prompt_attention
 
@@ -37,6 +39,8 @@ class DecodingPlan:
     """The attention implementation wants a 2D mask (flash, flex, ALiBi) instead of a ready 4D one."""
     can_share_prompts: bool
     """Plain attention in every layer, so that `shared_prompt` computes the same."""
+    can_fuse: bool
+    """Layers like Llama's, so that `fused_decoding` computes the same."""
 
 
 def plan_decoding(parts: CausalParts, *, share_prompts: bool = True) -> DecodingPlan:
@@ -67,10 +71,12 @@ def plan_decoding(parts: CausalParts, *, share_prompts: bool = True) -> Decoding
         takes_positions=positions,
         builds_own_mask=not positions or parts.config._attn_implementation not in ("sdpa", "eager"),
         can_share_prompts=False,
+        can_fuse=False,
     )
     # sdpa models know no soft-capped scores, attention sinks or position biases; eager ones may.
     plain = positions and parts.config._attn_implementation == "sdpa" and set(layer_types) == {"full_attention"}
-    return replace(plan, can_share_prompts=share_prompts and plain and _sharing_is_exact(plan))
+    can_fuse = not plan.builds_own_mask and set(layer_types) == {"full_attention"} and fusing_is_exact(parts.body)
+    return replace(plan, can_share_prompts=share_prompts and plain and _sharing_is_exact(plan), can_fuse=can_fuse)
 
 
 @torch.no_grad()
@@ -151,6 +157,8 @@ class Decoder:
         self.cache.start_decoding(group_size, share=self.shared, prompt_mask=prompt_mask)
         self.positions = prompt_mask.sum(dim=1).repeat_interleave(group_size)[:, None]  # [n, 1] of the next token
         self.mask = self._make_mask(prompt_mask.repeat_interleave(group_size, dim=0))
+        # Read for each batch: training changes weights, and adapters or hooks may have come since the plan was made.
+        self.fused = read_fused_step(plan.parts.body) if plan.can_fuse else None
 
     def run(self) -> int:
         """Write tokens until every row is finished or the limit is reached; return the number of steps."""
@@ -244,9 +252,12 @@ class Decoder:
         mask = self.mask
         if mask is not None:
             mask = mask[..., : self.cache.get_seq_length() + 1]
-        arguments = {"position_ids": self.positions} if self.plan.takes_positions else {}
-        hidden = self.plan.parts.body(
-            input_ids=tokens[:, None], attention_mask=mask, past_key_values=self.cache, use_cache=True, **arguments
-        )[0]
+        if self.fused is not None:
+            hidden = self.fused(tokens, self.positions, cache=self.cache, mask=mask)
+        else:
+            arguments = {"position_ids": self.positions} if self.plan.takes_positions else {}
+            hidden = self.plan.parts.body(
+                input_ids=tokens[:, None], attention_mask=mask, past_key_values=self.cache, use_cache=True, **arguments
+            )[0][:, -1]
         self.positions = self.positions + 1
-        self.logits = self.plan.parts.head(hidden[:, -1])
+        self.logits = self.plan.parts.head(hidden)

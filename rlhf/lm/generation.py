@@ -1,8 +1,8 @@
 """Completions from a transformers model, several times faster than `model.generate` and with log-probs.
 
 What makes it fast: each prompt is prefilled once and its cache repeated for the group; the cache is written in
-place; the head sees one position per row; finished rows leave the batch; the attention mask is built once. The loop
-is in `decoding`.
+place; the head sees one position per row; finished rows leave the batch; the attention mask is built once; models
+like Llama decode through `fused_decoding`. The loop is in `decoding`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ class TransformersGenerator:
             with recurrent or chunked layers, which `in_place` refuses).
         drop_finished: False keeps finished rows in the batch of `in_place`; only the time changes.
 
+    Attributes:
+        decode_path: How the last batch was decoded (before the first: how it will be): `fused` (see
+            `fused_decoding`) or `model` (the model's own forward). The tokens are the same, only the time differs.
+
     Raises:
         ModelError: The model's layers keep states that `in_place` cannot handle, or its logits cannot be repeated.
         ConfigError: There is no end token.
@@ -87,6 +91,7 @@ class TransformersGenerator:
         if not self.end_token_ids:
             raise ConfigError("generation needs at least one end token", where="end_token_ids")
         self._plan = plan_decoding(split_model(model)) if backend == "in_place" else None
+        self.decode_path: Literal["fused", "model"] = "fused" if self._plan and self._plan.can_fuse else "model"
 
     @torch.no_grad()  # not inference_mode: its tensors could never enter autograd later
     def generate(
@@ -128,6 +133,7 @@ class TransformersGenerator:
                 end_token_ids=self.end_token_ids,
                 drop_finished=self.drop_finished,
             )
+            self.decode_path = "fused" if decoder.fused is not None else "model"
             steps = decoder.run()
         return self._finish(decoder.token_ids[:steps].T, decoder.log_probs[:steps].T)
 
