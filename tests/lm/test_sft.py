@@ -156,3 +156,4 @@ def test_nothing_is_told_to_anyone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trl.trainer.base_trainer, "send_telemetry", refuse)
     train_sft(make_model(), TOKENIZER, DEMONSTRATIONS, config=config(max_steps=1), folder=tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()

@@ -220,6 +220,7 @@ def test_overwriting_removes_what_runs_write_and_nothing_else(tmp_path):
 def test_a_run_that_failed_before_its_first_iteration_may_be_started_again(tmp_path):
     Trainer(tmp_path)
     Trainer(tmp_path).train()
+    assert len(lines(tmp_path / "metrics.jsonl")) == 6
 
 
 def test_someone_elses_config_is_not_overwritten(tmp_path):
