@@ -5,9 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from rlhf.cli import launch
-from rlhf.commands.stage_report import Panel, draw_panels, markdown, print_table, report_table, sample_pages
+from rlhf.commands.stage_report import Panel, draw_panels, print_table, report_table, sample_pages
 from rlhf.commands.stages import Stage, run_stage
 from rlhf.config import Config
+from rlhf.markdown import markdown_table
 from rlhf.training.run import Run
 from rlhf.training.run_config import RunConfig
 
@@ -32,7 +33,7 @@ def main(config: PipelineConfig) -> dict[str, float]:
         results.append(run_stage(stage, run.directory, config.run))
     rows = report_table(results, config.columns)
     print_table(rows)
-    (run.directory / "table.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    (run.directory / "table.md").write_text(markdown_table(rows[0], rows[1:]) + "\n", encoding="utf-8")
     (run.directory / "samples.md").write_text(sample_pages(results), encoding="utf-8")
     if config.panels:
         draw_panels(results, config.panels, run.directory / "curves.png")

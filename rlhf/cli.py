@@ -116,17 +116,29 @@ def explain_command(
 @app.command("table")
 def table_command(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs, searched to any depth.")
-    ],
+        list[Path] | None, typer.Argument(metavar="RUN_DIR...", help="Folders of runs, searched to any depth.")
+    ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="A metric to show; may be repeated. Without it, every evaluation metric.")
+        list[str] | None,
+        typer.Option(
+            metavar="[TITLE=]NAME[@ITERATION][@each]",
+            help="A column: a metric at the end or at an iteration, its mean or each seed's value; may be repeated.",
+        ),
+    ] = None,
+    row: Annotated[str | None, typer.Option(help="What names a row: a setting's path, or seed.")] = None,
+    update: Annotated[
+        Path | None, typer.Option(help="Write the tables of this markdown file anew, each from its own command.")
     ] = None,
 ) -> None:
     """Print a table of finished runs in markdown: mean and standard deviation over the seeds of each config."""
+    from rlhf.commands.table_blocks import update_tables
     from rlhf.commands.tables import make_table
 
     with user_errors():
-        typer.echo(make_table(folders, metrics=metric))
+        if update is not None:
+            typer.echo("\n".join(update_tables(update)))
+        if folders or update is None:
+            typer.echo(make_table(folders or [Path("runs")], metrics=metric, row=row))
 
 
 @app.command("version")

@@ -1,5 +1,6 @@
 """The command line, as a user meets it: what it prints, where, and how it exits."""
 
+import doctest
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from rlhf import __version__
+from rlhf import __version__, markdown
 from rlhf.cli import app
+from rlhf.commands import tables
 from rlhf.commands.explaining import explain_config
 from rlhf.commands.recipes import recipes_folder
 from rlhf.commands.running import threads_each
@@ -385,6 +387,64 @@ def test_table_shows_the_metrics_asked_for(tmp_path):
     assert result.exit_code == 0
     # Not every run has kl: n says so. A mean with NaN in it is NaN, and no spread is made up.
     assert result.stdout.splitlines()[2] == "| grpo | digits | 1234 (1) | nan (2) | 1 ± 0 (2) | 0, 1 |"
+
+
+def test_table_columns_of_one_iteration_and_of_each_seed(tmp_path):
+    for seed, (before, after) in enumerate([(0.1, 0.8), (0.3, 0.9)]):
+        run = tmp_path / f"run{seed}"
+        write_run(run, seed=seed, metrics={"evaluation/accuracy": after}, config={"algorithm": {"preset": "grpo"}})
+        (run / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "evaluation/accuracy": before}) + "\n")
+    columns = ["before=accuracy@0", "after=accuracy", "seeds' values=accuracy@each"]
+    assert make_table([tmp_path], metrics=columns, row="algorithm.preset").splitlines() == [
+        "| preset | before | after | seeds' values | seconds | seeds |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| grpo | 0.2 ± 0.141 (2) | 0.85 ± 0.0707 (2) | 0.8, 0.9 | 1 ± 0 (2) | 0, 1 |",
+    ]
+    assert make_table([tmp_path], metrics=["accuracy"], row="seed").splitlines()[2:] == [
+        "| 0 | 0.8 | 1 |",
+        "| 1 | 0.9 | 1 |",
+    ]
+    with pytest.raises(UserError, match="no run has this metric"):
+        make_table([tmp_path], metrics=["accuracy@7"])
+    with pytest.raises(UserError, match="not a column"):
+        make_table([tmp_path], metrics=["accuracy@late"])
+    with pytest.raises(UserError, match="no such setting"):
+        make_table([tmp_path], row="algorithm.name")
+
+
+def test_table_names_the_metrics_it_has_no_room_for(tmp_path):
+    write_run(tmp_path / "a", seed=0, metrics={f"evaluation/metric_{i}": float(i) for i in range(8)})
+    assert make_table([tmp_path]).splitlines()[-1] == (
+        "Not shown: evaluation/metric_6, evaluation/metric_7; choose with --metric."
+    )
+
+
+def test_tables_of_a_markdown_file_are_written_from_their_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "a", seed=0, metrics={"evaluation/accuracy": 0.5})
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n<!-- rlhf table runs/* --metric accuracy -->\nold\n<!-- end of table -->\ntext\n"
+        "<!-- rlhf table elsewhere/* -->\nkept\n<!-- end of table -->\n"
+    )
+    result = CliRunner().invoke(app, ["table", "--update", "page.md"])
+    assert result.exit_code == 0
+    assert page.read_text() == (
+        "# Page\n<!-- rlhf table runs/* --metric accuracy -->\n"
+        "| recipe | config | accuracy | seconds | seeds |\n| --- | --- | --- | --- | --- |\n"
+        "| grpo | digits | 0.5 | 1 | 0 |\n<!-- end of table -->\ntext\n"
+        "<!-- rlhf table elsewhere/* -->\nkept\n<!-- end of table -->\n"
+    )
+    assert "kept, no such runs here: elsewhere/*" in result.stdout
+    page.write_text("<!-- rlhf table runs/* --metrics accuracy -->\n<!-- end of table -->\n")
+    assert CliRunner().invoke(app, ["table", "--update", "page.md"]).exit_code == 2
+
+
+@pytest.mark.parametrize("module", [markdown, tables])
+def test_doctests(module):
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_table_of_nothing(tmp_path):

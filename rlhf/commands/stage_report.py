@@ -14,6 +14,7 @@ from rich.table import Table
 from rlhf.commands.stages import StageResult
 from rlhf.config import Config
 from rlhf.errors import ConfigError
+from rlhf.markdown import markdown_table
 
 
 class Panel(Config):
@@ -43,18 +44,6 @@ def report_table(results: Sequence[StageResult], columns: dict[str, list[str]]) 
     return rows
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A header and rows as a markdown table.
-
-    >>> print(markdown([["a", "b"], ["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Show the table on the terminal."""
     table = Table(*rows[0])
@@ -74,9 +63,9 @@ def sample_pages(results: Sequence[StageResult], *, each: int = 3) -> str:
         pages.append(f"## {result.stage.title}")
         for iteration in (first, last):
             chosen = [record for record in records if record["iteration"] == iteration][:each]
-            lines = [["prompt", "completion", "score"]]
-            lines += [[_cell(r["prompt"]), _cell(r["completion"]), _number(r["score"])] for r in chosen]
-            pages.append(f"Iteration {iteration}\n\n{markdown(lines)}")
+            lines = [[_cell(r["prompt"]), _cell(r["completion"]), _number(r["score"])] for r in chosen]
+            table = markdown_table(["prompt", "completion", "score"], lines)
+            pages.append(f"Iteration {iteration}\n\n{table}")
     return "\n\n".join(pages) + "\n"
 
 
@@ -122,9 +111,9 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _cell(text: Any) -> str:
-    """Text that stays inside its cell."""
+    """Text on one line."""
     words = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-    return words.replace("|", "\\|").replace("\n", " ")
+    return words.replace("\n", " ")
 
 
 def _number(value: float) -> str:

@@ -6,13 +6,15 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import read_yaml
 from rlhf.errors import DataError, UserError
+from rlhf.markdown import markdown_table
 
+MOST_COLUMNS = 6
 RUN_SETTINGS = "run."
 """Settings that may differ between runs that are averaged: seed, directory, and how often a run looks at itself."""
 
@@ -39,32 +41,99 @@ class FinishedRun:
     metrics: dict[str, float]
     settings: dict[str, Any]
 
+    def metrics_of(self, iteration: int | None) -> dict[str, float]:
+        """Return the summary's metrics, or those of one iteration's line in metrics.jsonl; empty without one."""
+        if iteration is None:
+            return self.metrics
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        records = [record for record in map(json.loads, lines) if record.get("iteration") == iteration]
+        return {name: value for name, value in (records[-1] if records else {}).items() if value is not None}
 
-def make_table(folders: Iterable[Path], *, metrics: Sequence[str] | None = None) -> str:
+
+@dataclass(frozen=True)
+class Column:
+    """One column: a metric of the summary, or of one iteration's line in metrics.jsonl.
+
+    Args:
+        title: Above the column.
+        metric: Its name.
+        iteration: Whose line is read; None takes the summary.
+        each: True lists the seeds' values, False shows mean and deviation.
+    """
+
+    title: str
+    metric: str
+    iteration: int | None = None
+    each: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Column:
+        """Read `[TITLE=]METRIC[@ITERATION][@each]`.
+
+        >>> Column.parse("before=evaluation/accuracy@0")
+        Column(title='before', metric='evaluation/accuracy', iteration=0, each=False)
+        """
+        title, equals, metric = text.rpartition("=")
+        metric, *marks = metric.split("@")
+        numbers = [mark for mark in marks if mark != "each"]
+        if not metric or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+            raise UserError("not a column", where="--metric", got=text, expected="[TITLE=]METRIC[@ITERATION][@each]")
+        iteration = int(numbers[0]) if numbers else None
+        return cls(title if equals else metric.removeprefix("evaluation/"), metric, iteration, "each" in marks)
+
+    def value(self, run: FinishedRun) -> float | None:
+        """Return the run's value; None where it reports none."""
+        return run.metrics_of(self.iteration).get(self.metric)
+
+    def cell(self, runs: Sequence[FinishedRun]) -> str:
+        """Return what stands in the table for these runs."""
+        values = [(run, self.value(run)) for run in sorted(runs, key=lambda run: run.seed or 0)]
+        known = [value for _, value in values if value is not None]
+        return ", ".join(_short(value) for value in known) if self.each else _mean_and_spread(known, len(runs))
+
+
+def make_table(folders: Iterable[Path], *, metrics: Sequence[str] | None = None, row: str | None = None) -> str:
     """Write a markdown table: a row per recipe, config and settings; mean +- sample standard deviation (n).
 
     Args:
         folders: Folders that hold finished runs, at any depth.
-        metrics: The columns; None shows every metric whose name starts with `evaluation/`, or every metric when
-            there is none.
+        metrics: The columns, each as `Column.parse` reads it; None shows the first `MOST_COLUMNS` metrics whose name
+            starts with `evaluation/`, or of all where there is none, and names the others below the table.
+        row: What names a row: a setting such as `algorithm.preset`, or `seed` for a row per run; None takes recipe and
+            config.
 
     Raises:
-        UserError: A folder holds no finished run, or no run has a metric that was asked for.
+        UserError: A folder holds no finished run, no run has a metric that was asked for, or `row` is no setting.
     """
     runs = [run for folder in folders for run in read_runs(folder)]
     runs = list({run.folder: run for run in runs}.values())
-    columns = _columns(runs, metrics)
+    columns, unshown = _columns(runs, metrics)
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         key = json.dumps([run.recipe, run.config_name, run.settings], sort_keys=True, default=str)
-        groups.setdefault(key, []).append(run)
-    rows = [["recipe", "config", *[column.removeprefix("evaluation/") for column in columns], "seconds", "seeds"]]
-    labels = _labels([group[0] for group in groups.values()])
-    for group, label in zip(groups.values(), labels, strict=True):
-        cells = [_mean_and_spread([run.metrics[c] for run in group if c in run.metrics], len(group)) for c in columns]
+        groups.setdefault(f"{key}{run.seed}" if row == "seed" else key, []).append(run)
+    names = _row_names([group[0] for group in groups.values()], row)
+    rows = []
+    for group, name in zip(groups.values(), names, strict=True):
         seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group if run.seed is not None))
-        rows.append([group[0].recipe, label, *cells, _mean_and_spread([r.seconds for r in group], len(group)), seeds])
-    return _markdown(rows)
+        seconds = _mean_and_spread([run.seconds for run in group], len(group))
+        rows.append([*name, *[column.cell(group) for column in columns], seconds, *([] if row == "seed" else [seeds])])
+    header = ["recipe", "config"] if row is None else [row.rsplit(".", 1)[-1]]
+    header += [*[column.title for column in columns], "seconds", *([] if row == "seed" else ["seeds"])]
+    note = f"\n\nNot shown: {', '.join(unshown)}; choose with --metric." if unshown else ""
+    return markdown_table(header, rows) + note
+
+
+def _row_names(groups: Sequence[FinishedRun], row: str | None) -> list[list[str]]:
+    if row is None:
+        return [[run.recipe, label] for run, label in zip(groups, _labels(groups), strict=True)]
+    if row == "seed":
+        return [[str(run.seed)] for run in groups]
+    for run in groups:
+        if row not in run.settings:
+            raise UserError("a run has no such setting", where=str(run.folder), got=row)
+    return [[str(run.settings[row])] for run in groups]
 
 
 def read_runs(folder: Path) -> list[FinishedRun]:
@@ -95,15 +164,22 @@ def _read_run(file: Path) -> FinishedRun:
         raise DataError(f"not the summary of a run ({type(error).__name__}: {error})", where=str(file)) from error
 
 
-def _columns(runs: Sequence[FinishedRun], metrics: Sequence[str] | None) -> list[str]:
+def _columns(runs: Sequence[FinishedRun], metrics: Sequence[str] | None) -> tuple[list[Column], list[str]]:
+    """Return the columns, and the names of the metrics that were left out for want of room."""
     known = list(dict.fromkeys(name for run in runs for name in run.metrics))
     if metrics is None:
-        return [name for name in known if name.startswith("evaluation/")] or known
-    columns = [name if name in known else f"evaluation/{name}" for name in metrics]
-    for name in columns:
-        if name not in known:
-            raise UserError("no run has this metric", got=name, expected=f"one of {', '.join(known)}")
-    return columns
+        names = [name for name in known if name.startswith("evaluation/")] or known
+        return [Column.parse(name) for name in names[:MOST_COLUMNS]], names[MOST_COLUMNS:]
+    columns = []
+    for text in metrics:
+        column = Column.parse(text)
+        available = list(dict.fromkeys(name for run in runs for name in run.metrics_of(column.iteration)))
+        if column.metric not in available:
+            column = replace(column, metric=f"evaluation/{column.metric}")
+        if column.metric not in available:
+            raise UserError("no run has this metric", got=column.metric, expected=f"one of {', '.join(available)}")
+        columns.append(column)
+    return columns, []
 
 
 def _labels(groups: Sequence[FinishedRun]) -> list[str]:
@@ -142,9 +218,3 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return "\n".join(lines)

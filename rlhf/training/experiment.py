@@ -26,8 +26,11 @@ from typing import Any
 import numpy as np
 
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.markdown import markdown_table
 from rlhf.training.checkpoints import write_atomically
 from rlhf.training.metrics import ConsoleLog, jsonable
+
+__all__ = ["Cell", "markdown_table", "mean_and_interval", "run_cells"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 BOOTSTRAP_DRAWS = 10_000
@@ -174,19 +177,6 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ.pop(variable, None)
             else:
                 os.environ[variable] = value
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a markdown table.
-
-    >>> print(markdown_table(["form", "variance"], [["trajectory", "12.5"]]))
-    | form | variance |
-    | --- | --- |
-    | trajectory | 12.5 |
-    """
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, *rows]]
-    lines.insert(1, "|" + " --- |" * len(header))
-    return "\n".join(lines)
 
 
 def mean_and_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
