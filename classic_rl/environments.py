@@ -18,7 +18,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from pydantic import Field, field_validator
 
 from classic_rl.distributions import make_distribution
-from classic_rl.spaces import flatten_observations, observation_size
+from classic_rl.spaces import flatten_observations, is_image, observation_size
 from rlhf.config import Config
 from rlhf.errors import ConfigError
 
@@ -33,7 +33,9 @@ class EnvironmentConfig(Config):
     kwargs: dict[str, Any] = {}
     """Passed to the environment; `render_mode` is refused (it slows some environments two to three times)."""
     vectorization: Literal["auto", "vector_entry_point", "sync", "async"] = "auto"
-    """auto takes the environment's own vector form where it has one (CartPole), one loop in this process otherwise."""
+    """auto takes the environment's own vector form where it has one (CartPole), one loop in this process otherwise. That
+    form draws all initial states from one generator: several processes start other episodes than one process does; with
+    sync every environment has its own seed, and any number of processes gives the same run."""
     normalize_observations: bool = False
     """Subtract the running mean, divide by the running standard deviation."""
     clip_observations: float = Field(10.0, gt=0)
@@ -51,12 +53,13 @@ class EnvironmentConfig(Config):
         return kwargs
 
 
-def make_environments(config: EnvironmentConfig, *, num_envs: int | None = None) -> VectorEnv:
+def make_environments(config: EnvironmentConfig, *, num_envs: int | None = None, images: bool = False) -> VectorEnv:
     """Make the vector environment and check that it can be trained on.
 
     Args:
         config: What to make.
         num_envs: Overrides `config.num_envs`, for one process's share and for evaluation.
+        images: Whether whoever asks can read image observations.
 
     Returns:
         A vector environment with NEXT_STEP autoreset, without a render mode.
@@ -89,7 +92,8 @@ def make_environments(config: EnvironmentConfig, *, num_envs: int | None = None)
             expected="AutoresetMode.NEXT_STEP, gymnasium's default",
             remedy="Set environment.vectorization to sync.",
         )
-    observation_size(environments.single_observation_space)
+    if not (images and is_image(environments.single_observation_space)):
+        observation_size(environments.single_observation_space)
     make_distribution(environments.single_action_space)
     return environments
 

@@ -42,6 +42,11 @@ def observation_size(space: spaces.Space) -> int:
     )
 
 
+def is_image(space: spaces.Space) -> bool:
+    """Whether observations are images: a Box with three axes of bytes or truth values."""
+    return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype in (np.uint8, np.bool_)
+
+
 def flatten_observations(space: spaces.Space, observations: Any) -> np.ndarray:
     """Turn a batch of observations of a vector environment into vectors.
 
