@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.core.types import PolicyOutput
 from rlhf.errors import DataError, ModelError
+from rlhf.lm.adapters import CRITIC, POLICY, AdapterCritic
 from rlhf.lm.backbone import split_model, takes_positions, unwrap_adapters
 from rlhf.lm.log_probs import selected_log_probs
 
@@ -32,7 +33,8 @@ class LanguageModelPolicy(nn.Module):
         critic: `none`; `head` (a linear value head on the policy's own hidden states, zero-initialised, so that
             the first advantages are the rewards themselves); or a model of its own: a causal language model (gets
             a zero-initialised value head) or a sequence classifier with one label, such as a reward model (its
-            head becomes the value head, as in InstructGPT, https://arxiv.org/abs/2203.02155, appendix C.4).
+            head becomes the value head, as in InstructGPT, https://arxiv.org/abs/2203.02155, appendix C.4); or an
+            `AdapterCritic`, an adapter of its own on the policy's backbone (zero-initialised value head).
         temperature: Sampling temperature; log-probs and entropy are those of softmax(logits / temperature).
         chunk_tokens: Positions whose logits are held at once; None chooses by vocabulary and device.
 
@@ -44,7 +46,7 @@ class LanguageModelPolicy(nn.Module):
         self,
         model: PreTrainedModel,
         *,
-        critic: Literal["none", "head"] | PreTrainedModel = "none",
+        critic: Literal["none", "head"] | PreTrainedModel | AdapterCritic = "none",
         temperature: float = 1.0,
         chunk_tokens: int | None = None,
     ) -> None:
@@ -59,7 +61,9 @@ class LanguageModelPolicy(nn.Module):
         self._fill_id = 1 if self._parts.config.pad_token_id == 0 else 0
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
-        if isinstance(critic, nn.Module):
+        if isinstance(critic, AdapterCritic):
+            self.critic, self.value_head = critic, _zero_head(critic.width).to(model.device)
+        elif isinstance(critic, nn.Module):
             self.critic, self.value_head = _split_critic(critic)
             _require_same_vocabulary(self._parts.config, critic.config)
         elif critic == "head":
@@ -72,6 +76,16 @@ class LanguageModelPolicy(nn.Module):
     def has_critic(self) -> bool:
         """Whether `forward` returns values."""
         return self.value_head is not None
+
+    def critic_parameters(self) -> set[str]:
+        """Names of the parameters that serve the values alone; a trunk shared with the policy is not among them."""
+        own = ("value_head.", "critic.")
+        adapter = f".{CRITIC}." if isinstance(self.critic, AdapterCritic) else None
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and (name.startswith(own) or (adapter is not None and adapter in name))
+        }
 
     def train(self, mode: bool = True) -> LanguageModelPolicy:
         """Set the mode of this module; the language models inside stay in eval mode.
@@ -87,7 +101,9 @@ class LanguageModelPolicy(nn.Module):
                     _keep_checkpointing(inner)
         return self
 
-    def forward(self, inputs: Mapping[str, Tensor], actions: Tensor) -> PolicyOutput:
+    def forward(
+        self, inputs: Mapping[str, Tensor], actions: Tensor, *, temperature: float | None = None
+    ) -> PolicyOutput:
         """Score completions.
 
         Rows are packed to the left first (prompt, completion, padding), which trims the batch to its longest row
@@ -98,6 +114,7 @@ class LanguageModelPolicy(nn.Module):
             inputs: `prompt_ids` [B, P] int64; `prompt_mask` [B, P] bool, True on prompt tokens;
                 `completion_mask` [B, T] bool, True on tokens the model attended to (tool tokens included).
             actions: [B, T] completion token ids; where the mask is False any value is fine.
+            temperature: Instead of the policy's own; texts that nobody sampled are scored at 1.
 
         Returns:
             log-probs, entropy and values [B, T], float32; 0 where `completion_mask` is False.
@@ -107,7 +124,7 @@ class LanguageModelPolicy(nn.Module):
         """
         packed = pack_rows(inputs, actions, fill_id=self._fill_id)
         shape = actions.shape
-        log_probs, entropy, selected = self._score(packed)
+        log_probs, entropy, selected = self._score(packed, temperature=temperature)
         values = None
         if self.value_head is not None:
             if self.critic is not None:
@@ -132,7 +149,11 @@ class LanguageModelPolicy(nn.Module):
         `value_head.safetensors`, a separate critic's trunk to `critic/`.
         """
         folder = Path(folder)
-        self.model.save_pretrained(folder)
+        # A reward model's adapter on the same backbone is not the policy's to save.
+        trained = [POLICY, CRITIC] if isinstance(self.critic, AdapterCritic) else [POLICY]
+        self.model.save_pretrained(
+            folder, **({"selected_adapters": trained} if hasattr(self.model, "peft_config") else {})
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if self.value_head is not None:
@@ -157,11 +178,15 @@ class LanguageModelPolicy(nn.Module):
         except RuntimeError as error:
             raise ModelError("the value head does not fit this policy", where=str(path), got=str(error)) from error
 
-    def _score(self, packed: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
+    def _score(self, packed: PackedRows, *, temperature: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs [N], entropy [N] and hidden states [N, H] of the completion tokens."""
         selected = _hidden_states(self._parts.body, packed)
         log_probs, entropy = selected_log_probs(
-            selected, self._parts.head, packed.targets, temperature=self.temperature, chunk_tokens=self.chunk_tokens
+            selected,
+            self._parts.head,
+            packed.targets,
+            temperature=self.temperature if temperature is None else temperature,
+            chunk_tokens=self.chunk_tokens,
         )
         return log_probs, entropy, selected
 

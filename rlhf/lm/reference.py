@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import ModelError
+from rlhf.lm.adapters import POLICY, AdapterSwitch
 from rlhf.lm.policy import LanguageModelPolicy
 
 
@@ -30,10 +31,10 @@ class FrozenReference:
     """
 
     def __init__(self, policy: LanguageModelPolicy) -> None:
-        self._uses_adapters = hasattr(policy.model, "disable_adapter")
-        if self._uses_adapters:
+        self._switch: AdapterSwitch | None = None
+        if hasattr(policy.model, "peft_config"):
             _require_untrained_adapters(policy.model)
-            self._policy = policy
+            self._policy, self._switch = policy, AdapterSwitch(policy.model)
             return
         model = clone_model(policy.model).requires_grad_(False)
         self._policy = LanguageModelPolicy(model, temperature=policy.temperature, chunk_tokens=policy.chunk_tokens)
@@ -46,12 +47,17 @@ class FrozenReference:
 
     def to(self, device: torch.device | str) -> FrozenReference:
         """Move the frozen copy; adapters live with their policy."""
-        if not self._uses_adapters:
+        if self._switch is None:
             self._policy.to(device)
         return self
 
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether it is the policy with its adapters off, rather than a copy."""
+        return self._switch is not None
+
     def _adapters_off(self) -> AbstractContextManager[Any]:
-        return self._policy.model.disable_adapter() if self._uses_adapters else nullcontext()
+        return nullcontext() if self._switch is None else self._switch.only(None)
 
 
 def clone_model(model: Any) -> Any:
@@ -67,7 +73,8 @@ def clone_model(model: Any) -> Any:
 def _require_untrained_adapters(model: Any) -> None:
     """Fresh LoRA has B = 0; anything else means that adapters-off is not the model as it is now."""
     for name, parameter in model.named_parameters():
-        if ("lora_B" in name or "lora_embedding_B" in name) and bool(parameter.detach().ne(0).any()):
+        changes = f"lora_B.{POLICY}." in name or f"lora_embedding_B.{POLICY}" in name
+        if changes and bool(parameter.detach().ne(0).any()):
             raise ModelError(
                 "the adapters were trained before, so switching them off gives the base model, not this policy",
                 where=name,

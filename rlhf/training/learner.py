@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.core.algorithm import AlgorithmConfig, FixedKl, KlInLoss
 from rlhf.core.estimate import standardize_advantages
+from rlhf.core.masking import masked_sum
 from rlhf.core.objective import LossSums, Objective, SurrogateFunction
 from rlhf.core.types import Experience, PolicyOutput
 from rlhf.training import schedules
@@ -29,7 +30,9 @@ from rlhf.training.batching import (
 )
 from rlhf.training.diagnosis import non_finite_error
 from rlhf.training.distributed import make_accelerator, make_reduce, refuse_unsupported
+from rlhf.training.mixing import MixedLoss
 from rlhf.training.preparation import (
+    critic_names,
     load_policy_state,
     policy_state,
     prepare_policy,
@@ -69,6 +72,7 @@ class Learner:
         accelerator: Accelerator | None = None,
         seed: int = 0,
         surrogate: SurrogateFunction | None = None,
+        mixed: MixedLoss | None = None,
     ) -> None:
         """Put the policy on its device and build its optimizer.
 
@@ -81,6 +85,7 @@ class Learner:
             accelerator: None makes one.
             seed: Of the permutations; the same on all processes.
             surrogate: A callable that replaces the algorithm's surrogate.
+            mixed: A loss on other data, added to every minibatch's.
 
         Raises:
             ConfigError: Settings that contradict each other.
@@ -93,7 +98,9 @@ class Learner:
         self.policy, self.algorithm, self.config = policy, algorithm, update
         self.objective = Objective(algorithm, surrogate=surrogate)
         self.reduce = make_reduce(self.accelerator)
+        self.mixed = mixed
         self.updates = 0
+        self._only: set[str] | None = None
         self._generator = torch.Generator().manual_seed(seed)
         self._limits = MicrobatchLimits(rows=update.microbatch_rows, tokens=update.microbatch_tokens)
         self._standardizes = getattr(algorithm.advantages, "standardize", "none") == "minibatch"
@@ -102,7 +109,13 @@ class Learner:
         self._averages = self.accelerator.num_processes > 1 and self._optimizer.flat is None
 
     def update(
-        self, experience: Experience, *, kl_coef: float = 0.0, progress: float = 0.0, progress_step: float = 0.0
+        self,
+        experience: Experience,
+        *,
+        kl_coef: float = 0.0,
+        progress: float = 0.0,
+        progress_step: float = 0.0,
+        critic_only: bool = False,
     ) -> dict[str, float]:
         """Learn from one experience.
 
@@ -111,6 +124,7 @@ class Learner:
             kl_coef: Coefficient of a KL term in the loss.
             progress: Share of the run that is done, in [0, 1]; drives the schedules.
             progress_step: Share of the run that this update is; warm-up reads it.
+            critic_only: Train only what `policy.critic_parameters()` names, by the value loss alone.
 
         Returns:
             Means over all actions and steps: the objective's metrics, "grad_norm", "learning_rate", "kl_coef",
@@ -120,7 +134,9 @@ class Learner:
 
         Raises:
             TrainingError: A loss or gradient that is not finite; the weights stay as before that step.
+            ConfigError: `critic_only` with a policy whose critic cannot be trained alone.
         """
+        self._only = critic_names(self.policy, flat=self._optimizer.flat is not None) if critic_only else None
         rate = schedules.learning_rate(self.config, progress=progress, progress_step=progress_step)
         scale = schedules.clip_scale(self.config, progress=progress)
         self._optimizer.set_learning_rate(rate)
@@ -137,6 +153,8 @@ class Learner:
         last = self._run_epochs(experience, tally, kl_coef=kl_coef, clip_scale=scale)
         self.updates += 1
         metrics = tally.metrics() | facts | {"learning_rate": rate, "kl_coef": kl_coef}
+        if self.mixed is not None:
+            metrics |= self.mixed.metrics()
         if _steers_by_kl_to_old(self.algorithm):
             after = self._kl_to_old_after(*last)
             metrics["kl_to_old_after"] = after
@@ -200,21 +218,43 @@ class Learner:
         """Leave the gradient of the whole minibatch; returns this process's sums, detached."""
         self._optimizer.zero_grad()
         totals: LossSums | None = None
+        mixes = self.mixed is not None and self._only is None
         for rows, is_last in _microbatches(own, minibatch, filler_from):
-            hold = self._averages and not is_last
-            with self.accelerator.no_sync(self._model) if hold else nullcontext():
+            with self._sync(is_last and not mixes):
                 output = self._model(rows.inputs, rows.actions)
                 sums = self.objective(output, rows, kl_coef=kl_coef, clip_scale=clip_scale)
-                loss = self.objective.loss(sums, minibatch.denominators)
+                learned = sums if self._only is None else sums._replace(policy=0.0 * sums.policy)
+                loss = self.objective.loss(learned, minibatch.denominators)
                 if self._averages:
                     loss = _reach_every_output(loss, output) * self.accelerator.num_processes
                 loss.backward()
             sums = LossSums(sums.policy.detach(), sums.value.detach(), sums.metrics)
             totals = sums if totals is None else LossSums(*(a + b for a, b in zip(totals, sums, strict=True)))
+        if mixes:
+            self._backward_mixed()
         if self._optimizer.flat is not None and self.accelerator.num_processes > 1:
             self._optimizer.sum_over_processes()
+        if self._only is not None:
+            self._optimizer.drop_gradients(kept=self._only)
         assert totals is not None
         return totals
+
+    def _backward_mixed(self) -> None:
+        """Add the gradient of the mixed loss; its denominators are global already, like the objective's."""
+        assert self.mixed is not None
+        parts = self.mixed.minibatch()
+        for index, part in enumerate(parts):
+            with self._sync(index + 1 == len(parts)):
+                output = self._model(part.inputs, part.actions, temperature=1.0)
+                loss = -part.weight * masked_sum(output.log_probs, part.action_mask)
+                self.mixed.record(loss.detach())
+                if self._averages:
+                    loss = _reach_every_output(loss, output) * self.accelerator.num_processes
+                loss.backward()
+
+    def _sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over processes in the last backward of a minibatch only."""
+        return self.accelerator.no_sync(self._model) if self._averages and not last else nullcontext()
 
     def _measure(self, sums: LossSums) -> list[float]:
         """Metric sums over all processes, then the policy's and the value's loss sum: the minibatch's one wait."""

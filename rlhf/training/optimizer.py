@@ -126,6 +126,13 @@ class PolicyOptimizer:
             for parameter in self._steppers:
                 parameter.grad = None
 
+    def drop_gradients(self, *, kept: set[str]) -> None:
+        """Take the gradients away from all parameters but those named; a step then leaves the others as they are."""
+        assert self.flat is None, "refused before the first update"
+        for name, parameter in self._named:
+            if name not in kept:
+                parameter.grad = None
+
     def gradients(self) -> list[Tensor]:
         """Return the gradients that exist."""
         return [parameter.grad for parameter in self._steppers if parameter.grad is not None]

@@ -68,6 +68,27 @@ def refuse_contradictions(algorithm: AlgorithmConfig, update: UpdateConfig) -> N
         )
 
 
+def critic_names(policy: nn.Module, *, flat: bool) -> set[str]:
+    """Names of the parameters that a critic's warm-up trains.
+
+    Args:
+        policy: Offers `critic_parameters() -> set of names`.
+        flat: Whether parameters are flattened.
+
+    Raises:
+        ConfigError: The critic cannot be trained alone.
+    """
+    names = policy.critic_parameters() if hasattr(policy, "critic_parameters") else set()  # type: ignore[operator]
+    if flat or not names:
+        raise ConfigError(
+            "the critic cannot be trained alone",
+            where="critic warm-up",
+            got="update.flatten_parameters=true" if flat else f"{type(policy).__name__} without critic_parameters()",
+            remedy="Set update.flatten_parameters=false." if flat else "Set the warm-up to 0.",
+        )
+    return names
+
+
 def refuse_dropout(policy: nn.Module) -> None:
     """Dropout draws anew in every forward, so that ratios would differ from 1 before the first step."""
     for name, module in policy.named_modules():
