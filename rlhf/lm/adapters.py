@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from rlhf.errors import ModelError
@@ -73,11 +72,16 @@ def require_adapters(model: Any, *, where: str) -> None:
         )
 
 
-def add_critic_adapter(model: Any) -> None:
-    """Put a second, fresh adapter onto a PEFT model, of the policy adapter's shape; both are trained.
+def add_critic_adapter(model: Any, *, settings: Any = None, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Put a second adapter onto a PEFT model, trained beside the policy's.
+
+    Args:
+        model: The policy's PEFT model.
+        settings: A LoraConfig; None takes the shape of the policy's adapter.
+        weights: To start from, as PEFT saves them; None starts as the backbone alone.
 
     Raises:
-        ModelError: The model has no adapters, or checkpoints its activations.
+        ModelError: The model has no adapters or checkpoints its activations, or the weights do not fit.
     """
     require_adapters(model, where="critic")
     if unwrap_adapters(model).is_gradient_checkpointing:
@@ -88,12 +92,10 @@ def add_critic_adapter(model: Any) -> None:
             got="adapter",
             remedy="Set model.gradient_checkpointing=false, or critic: head.",
         )
-    settings = copy.deepcopy(model.peft_config[POLICY])
-    settings.modules_to_save = None
-    _add(model, CRITIC, settings)
-    for name, parameter in model.named_parameters():
-        if f".{CRITIC}." in name:
-            parameter.requires_grad_(True)
+    _add(model, CRITIC, model.peft_config[POLICY] if settings is None else settings)
+    if weights is not None:
+        _fill(model, CRITIC, weights)
+    _require_gradient(model, CRITIC, True)
 
 
 def add_frozen_adapter(model: Any, settings: Any, weights: Mapping[str, Tensor], *, name: AdapterName) -> None:
@@ -108,35 +110,17 @@ def add_frozen_adapter(model: Any, settings: Any, weights: Mapping[str, Tensor],
     Raises:
         ModelError: The weights do not belong to this backbone.
     """
-    from peft import set_peft_model_state_dict
-
     require_adapters(model, where=f"adapter {name!r}")
-    settings = copy.deepcopy(settings)
-    settings.modules_to_save, settings.inference_mode = None, True
-    settings.task_type = model.peft_config[POLICY].task_type
     _add(model, name, settings)
-    lora = {key: tensor for key, tensor in weights.items() if ".lora_" in key}
-    try:
-        outcome = set_peft_model_state_dict(model, lora, adapter_name=name)
-    except RuntimeError as error:
-        raise ModelError(
-            "the adapter was trained on a model of other sizes", where=f"adapter {name!r}", got=str(error)
-        ) from error
-    own = [key for key, _ in model.named_parameters() if f".{name}." in key]
-    if outcome.unexpected_keys or len(own) != len(lora):
-        raise ModelError(
-            "the adapter was trained on another backbone",
-            where=f"adapter {name!r}",
-            got=f"{len(lora)} tensors for the {len(own)} places of this model",
-            remedy="Train the reward model with LoRA on the model that the policy starts from.",
-        )
-    for key, parameter in model.named_parameters():
-        if f".{name}." in key:
-            parameter.requires_grad_(False)
+    _fill(model, name, weights)
+    _require_gradient(model, name, False)
 
 
 def _add(model: Any, name: str, settings: Any) -> None:
-    """PEFT's `add_adapter` freezes the other adapters in some versions: keep what asked for gradients before."""
+    """A fresh adapter; what asked for gradients before still does, whatever PEFT's version thinks of it."""
+    settings = copy.deepcopy(settings)
+    settings.modules_to_save, settings.inference_mode = None, False
+    settings.task_type = model.peft_config[POLICY].task_type
     asked = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     model.add_adapter(name, settings)
     for key, parameter in model.named_parameters():
@@ -145,20 +129,55 @@ def _add(model: Any, name: str, settings: Any) -> None:
     unwrap_adapters(model).eval()
 
 
+def _fill(model: Any, name: str, weights: Mapping[str, Tensor]) -> None:
+    from peft import set_peft_model_state_dict
+
+    lora = {key: tensor for key, tensor in weights.items() if ".lora_" in key}
+    own = [key for key, _ in model.named_parameters() if f".{name}." in key]
+    try:
+        outcome = set_peft_model_state_dict(model, lora, adapter_name=name)
+    except RuntimeError as error:
+        raise ModelError(
+            "the adapter was trained on a model of other sizes", where=f"adapter {name!r}", got=str(error)
+        ) from error
+    if outcome.unexpected_keys or len(own) != len(lora):
+        raise ModelError(
+            "the adapter was trained on another backbone",
+            where=f"adapter {name!r}",
+            got=f"{len(lora)} tensors for the {len(own)} places of this model",
+            remedy="Train the reward model with LoRA on the model that the policy starts from.",
+        )
+
+
+def _require_gradient(model: Any, name: str, wanted: bool) -> None:
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.requires_grad_(wanted)
+
+
 class AdapterCritic(nn.Module):
     """The policy's own body, seen through the critic's adapter: a critic trunk without weights of its own.
 
     Args:
         model: The policy's PEFT model, which has a critic adapter.
+        head: The value head to start with; None starts at zero.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, head: nn.Linear | None = None) -> None:
         super().__init__()
         base = unwrap_adapters(model)
         # In a list, so that the policy's parameters are not registered a second time.
         self._shared = [model, getattr(base, base.base_model_prefix)]
         self._switch = AdapterSwitch(model)
-        self.width: int = base.config.get_text_config().hidden_size
+        if head is None:
+            head = nn.Linear(base.config.get_text_config().hidden_size, 1)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self._start_head = [head]
+
+    def start_head(self) -> nn.Linear:
+        """The value head, which belongs to the policy's module from now on."""
+        return self._start_head.pop()
 
     def forward(
         self, *, input_ids: Tensor, position_ids: Tensor | None = None, use_cache: bool = False
@@ -171,25 +190,3 @@ class AdapterCritic(nn.Module):
 
     def save_pretrained(self, folder: Any) -> None:
         """Nothing: the critic's adapter is written with the model, into the folder of its name."""
-
-
-@torch.no_grad()
-def copy_adapter(model: Any, *, source: AdapterName, target: AdapterName) -> None:
-    """Give one adapter the weights of another, as where a critic starts from the reward model.
-
-    Raises:
-        ModelError: The two differ in rank or in the layers they sit on.
-    """
-    weights = dict(model.named_parameters())
-    names = [name for name in weights if f".{target}." in name]
-    for name in names:
-        origin = weights.get(name.replace(f".{target}.", f".{source}."))
-        if origin is None or origin.shape != weights[name].shape:
-            raise ModelError(
-                f"the {source} adapter has another shape than the {target}'s",
-                where=name,
-                got=None if origin is None else tuple(origin.shape),
-                expected=str(tuple(weights[name].shape)),
-                remedy="Train the reward model with the rank and target_modules of the policy's adapter.",
-            )
-        weights[name].copy_(origin)

@@ -34,7 +34,7 @@ class LanguageModelPolicy(nn.Module):
             the first advantages are the rewards themselves); or a model of its own: a causal language model (gets
             a zero-initialised value head) or a sequence classifier with one label, such as a reward model (its
             head becomes the value head, as in InstructGPT, https://arxiv.org/abs/2203.02155, appendix C.4); or an
-            `AdapterCritic`, an adapter of its own on the policy's backbone (zero-initialised value head).
+            `AdapterCritic`, an adapter of its own on the policy's backbone.
         temperature: Sampling temperature; log-probs and entropy are those of softmax(logits / temperature).
         chunk_tokens: Positions whose logits are held at once; None chooses by vocabulary and device.
 
@@ -62,7 +62,7 @@ class LanguageModelPolicy(nn.Module):
         self.critic: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         if isinstance(critic, AdapterCritic):
-            self.critic, self.value_head = critic, _zero_head(critic.width).to(model.device)
+            self.critic, self.value_head = critic, critic.start_head().to(model.device)
         elif isinstance(critic, nn.Module):
             self.critic, self.value_head = _split_critic(critic)
             _require_same_vocabulary(self._parts.config, critic.config)

@@ -142,6 +142,11 @@ class ConsoleLog:
         if self._enabled:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def show(self, renderable: Any) -> None:
+        """Print a table or another thing of rich's above the bar."""
+        if self._enabled:
+            self._console.print(renderable)
+
     def stop(self) -> None:
         """Leave the terminal in order."""
         if self._bar is not None:

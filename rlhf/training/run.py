@@ -117,6 +117,7 @@ class Run:
         self._stop = StopRequest(self._console.say)
         self._trackers: Trackers | None = None
         self._last: dict[str, float] = {}
+        self._ended_because: str | None = None
         self._seconds_before, self._started = 0.0, time.monotonic()
         seed_everything(run.seed)
         require_trackers(run.trackers)
@@ -258,17 +259,22 @@ class Run:
         """Return the share of the run that is done before `iteration`, in [0, 1)."""
         return (iteration - 1) / self.total
 
-    def finish_iteration(self, iteration: int, rollout: Rollout | None, metrics: dict[str, float]) -> None:
+    def finish_iteration(
+        self, iteration: int, rollout: Rollout | None, metrics: dict[str, float], *, ends_because: str | None = None
+    ) -> None:
         """Record an iteration: metrics, samples, evaluation and checkpoint where they are due.
 
-        Metrics of the rollout are averaged over the processes that report them; `metrics` are the same on all.
+        Metrics of the rollout are averaged over the processes that report them; `metrics` are the same on all. With
+        `ends_because` this iteration is the run's last, whatever its number: it is evaluated, saved and summarised
+        as the last one is, and the reason stands in summary.json as "ended_because".
 
         Raises:
             TrainingError: best_metric is not among the evaluation's metrics, or the checkpoint cannot be written.
         """
         record = {**self._rollout_metrics(rollout), **metrics}
         self.completed = iteration
-        is_last = iteration == self.total
+        self._ended_because = ends_because
+        is_last = iteration == self.total or ends_because is not None
         is_best = False
         if self.evaluate is not None and _due(iteration, self.config.evaluate_every, is_last):
             evaluation = self._evaluate()
@@ -289,6 +295,8 @@ class Run:
             if is_best and self._is_main:
                 metric = self._best_name()
                 self._store.mark_best(path, metric=metric, value=record[metric])
+        if ends_because is not None:
+            self._console.say(f"the run ends after iteration {iteration} of {self.total}: {ends_because}")
         if stops:
             self._stop.act()
 
@@ -330,6 +338,10 @@ class Run:
         """Print a sentence on the main process."""
         self._console.say(text)
 
+    def show(self, renderable: Any) -> None:
+        """Print something of rich's, such as a table, on the main process."""
+        self._console.show(renderable)
+
     def stopped(self) -> None:
         """Leave terminal and trackers in order after an interruption, and say how to go on."""
         self._console.stop()
@@ -362,6 +374,7 @@ class Run:
                 "seed": self.config.seed,
                 "iterations": self.completed,
                 "seconds": self._seconds(),
+                **({} if self._ended_because is None else {"ended_because": self._ended_because}),
                 "metrics": metrics,
                 "versions": package_versions(),
                 "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
