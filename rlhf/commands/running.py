@@ -77,7 +77,16 @@ def run_here(request: Request) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     module, config = request.load()
     module.main(config)
+    _leave_process_group()
     return 0
+
+
+def _leave_process_group() -> None:
+    """End the threads of a finished run's process group: one that is still there at exit can abort the process."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def run_processes(request: Request, processes: int, *, traceback: bool = False) -> int:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from classic_rl.saving import load
 from rlhf.commands.recipes import find_recipe, import_recipe
@@ -83,3 +88,32 @@ def test_mistakes_are_told_in_one_sentence(recipe, tmp_path, overrides, message)
     directory = [f"run.directory={tmp_path}"]
     with pytest.raises(ConfigError, match=message):
         recipe.main(load_config(recipe.CONFIG, RECIPES / "configs/on_policy/cartpole_ppo.yaml", directory + overrides))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_policy_of_one(tmp_path):
+    """Environments, normalization, minibatches and updates are shared out; only the order of sums differs."""
+    policies = []
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        overrides = [
+            "iterations=3",
+            "environment.vectorization=sync",
+            "environment.normalize_observations=true",
+            "evaluation.episodes=2",
+            f"run.directory={folder}",
+        ]
+        command = [sys.executable, "-m", "rlhf.cli", "run", "on_policy", "--config", "cartpole_ppo"]
+        done = subprocess.run(
+            [*command, "--processes", processes, *overrides],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        policies.append(load_file(folder / "policy" / "policy.safetensors"))
+    one, two = policies
+    assert one.keys() == two.keys()
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=1e-5, atol=1e-6, msg=name)
