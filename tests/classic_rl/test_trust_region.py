@@ -1,0 +1,332 @@
+"""TRPO and its relatives: the constraint, improvement, fallback, the dual variable, resume, learning."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from classic_rl.collector import CollectSteps
+from classic_rl.divergence import describe, kl_from
+from classic_rl.environments import EnvironmentConfig
+from classic_rl.evaluation import EvaluationConfig, evaluate
+from classic_rl.natural_gradient import actor_parameters
+from classic_rl.policy import ActorCritic
+from classic_rl.trust_region import (
+    CriticUpdate,
+    NaturalGradient,
+    Trpo,
+    TrpoDual,
+    TrustRegionLearner,
+    shared_algorithm,
+)
+from rlhf.core.algorithm import Gae
+from rlhf.core.estimate import estimate
+from rlhf.core.kl import make_kl_coefficient
+from rlhf.core.types import Experience
+from rlhf.errors import ConfigError, TrainingError
+
+CONFIGS = {
+    "natural_gradient": NaturalGradient(damping=0.01),
+    "trpo": Trpo(damping=0.01),
+    "trpo_dual": TrpoDual(learning_rate=1e-2),
+}
+
+
+def make_experience(policy, *, states=256, seed=1):
+    """States, the policy's own actions, random credit; some actions masked, whose numbers are absurd."""
+    generator = torch.Generator().manual_seed(seed)
+    observations = torch.randn(4, states // 4, 3, generator=generator)
+    noise = np.random.default_rng(seed)
+    distribution = policy.distribution
+    outputs = policy.actor(observations).detach()
+    flat = outputs.flatten(0, 1).numpy()
+    actions = torch.from_numpy(distribution.sample(flat, distribution.noise(noise, (len(flat),))))
+    actions = actions.view(4, states // 4, *distribution.action_shape)
+    log_probs = distribution.log_probs_and_entropy(outputs, actions)[0].detach()
+    advantages = torch.randn(log_probs.shape, generator=generator)
+    mask = torch.rand(log_probs.shape, generator=generator) < 0.9
+    return Experience(
+        inputs={"observations": torch.where(mask.unsqueeze(-1), observations, 1e3)},
+        actions=actions,
+        action_mask=mask,
+        old_log_probs=log_probs,
+        advantages=torch.where(mask, advantages, 0.0),
+        returns=torch.where(mask, observations.sum(-1), 0.0),
+        old_values=torch.zeros_like(log_probs),
+    )
+
+
+def make_policy(space=None, *, seed=0):
+    return ActorCritic(gymnasium.spaces.Box(-1, 1, (3,)), space or gymnasium.spaces.Discrete(3), seed=seed)
+
+
+def measure(policy, experience, old):
+    """Surrogate and KL by torch's own distributions, over unmasked actions."""
+    mask = experience.action_mask
+    observations = experience.inputs["observations"][mask]
+    with torch.no_grad():
+        new = policy.actor(observations)
+        log_probs = torch.distributions.Categorical(logits=new).log_prob(experience.actions[mask])
+        ratio = torch.exp(log_probs - experience.old_log_probs[mask])
+        kl = torch.distributions.kl_divergence(
+            torch.distributions.Categorical(logits=old), torch.distributions.Categorical(logits=new)
+        )
+    return (ratio * experience.advantages[mask]).mean().item(), kl.mean().item()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("max_kl", [1e-3, 0.01, 0.1])
+def test_trpo_improves_the_surrogate_within_the_region(seed, max_kl):
+    policy = make_policy(seed=seed)
+    experience = make_experience(policy, seed=seed)
+    mask = experience.action_mask
+    old = policy.actor(experience.inputs["observations"][mask]).detach()
+    metrics = TrustRegionLearner(policy, Trpo(max_kl=max_kl, damping=1e-3)).update(experience)
+    surrogate, kl = measure(policy, experience, old)
+    before = experience.advantages[mask].mean().item()
+    assert metrics["step_accepted"] == 1
+    assert max_kl / 20 < kl <= max_kl * (1 + 1e-4)
+    assert surrogate > before
+    assert metrics["kl_to_old_after"] == pytest.approx(kl, rel=1e-4)
+    assert metrics["surrogate_gain"] == pytest.approx(surrogate - before, abs=1e-6)
+
+
+def test_the_line_search_shrinks_a_step_that_leaves_the_region():
+    # Where the policy is nearly deterministic, damping hides how steep the KL is: the full natural step overshoots.
+    policy = make_policy()
+    experience = make_experience(policy)
+    experience = dataclasses.replace(experience, advantages=experience.advantages.abs() * (experience.actions == 0))
+    tries = []
+    for _ in range(40):
+        old = policy.actor(experience.inputs["observations"]).detach()
+        learner = TrustRegionLearner(policy, Trpo(max_kl=0.5, damping=1e-4))
+        metrics = learner.update(experience)
+        assert metrics["kl_to_old_after"] <= 0.5
+        tries.append(metrics["line_search_tries"])
+        log_probs = policy.distribution.log_probs_and_entropy(
+            policy.actor(experience.inputs["observations"]), experience.actions
+        )[0]
+        experience = dataclasses.replace(experience, old_log_probs=log_probs.detach())
+        assert old.isfinite().all()
+    assert max(tries) > 1
+
+
+def test_a_failed_line_search_keeps_the_old_policy():
+    """Tianshou's TRPO kept the last rejected step until 2.0.1 (its issue 1287)."""
+    policy = make_policy()
+    experience = make_experience(policy)
+    learner = TrustRegionLearner(policy, Trpo(max_tries=3))
+    before = [parameter.detach().clone() for parameter in actor_parameters(policy)]
+    critic = policy.critic.layers[0].weight.detach().clone()
+
+    class Hopeless:  # every step is measured as worse
+        def __getattr__(self, name):
+            return getattr(learner_objective, name)
+
+        def __call__(self, output, rows, **settings):
+            sums = learner_objective(output, rows, **settings)
+            return sums if torch.is_grad_enabled() else sums._replace(policy=sums.policy + 1e6)
+
+    learner_objective = learner._objective
+    learner._objective = Hopeless()
+    metrics = learner.update(experience)
+    assert metrics["step_accepted"] == 0
+    assert metrics["line_search_tries"] == 3
+    assert metrics["kl_to_old_after"] == pytest.approx(0, abs=1e-7)
+    for parameter, kept in zip(actor_parameters(policy), before, strict=True):
+        assert torch.equal(parameter, kept)
+    assert not torch.equal(critic, policy.critic.layers[0].weight), "the critic learns all the same"
+
+
+def test_a_region_too_small_for_any_try_keeps_the_old_policy():
+    # A step 0.9 times too long for the constraint, and one try: nothing passes.
+    policy = make_policy()
+    experience = make_experience(policy)
+    learner = TrustRegionLearner(policy, Trpo(max_tries=1, max_kl=10.0, damping=1e-6))
+    before = [parameter.detach().clone() for parameter in actor_parameters(policy)]
+    metrics = learner.update(experience)
+    moved = any(not torch.equal(a, b) for a, b in zip(actor_parameters(policy), before, strict=True))
+    assert moved == bool(metrics["step_accepted"])
+    assert metrics["kl_to_old_after"] <= 10.0
+
+
+def test_without_advantages_nothing_moves():
+    policy = make_policy()
+    experience = make_experience(policy)
+    experience = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
+    before = [parameter.detach().clone() for parameter in actor_parameters(policy)]
+    for config in (Trpo(), NaturalGradient()):
+        assert TrustRegionLearner(policy, config).update(experience)["step_accepted"] == 0
+        assert all(torch.equal(a, b) for a, b in zip(actor_parameters(policy), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "space", [gymnasium.spaces.Discrete(3), gymnasium.spaces.MultiDiscrete([2, 3]), gymnasium.spaces.Box(-1, 1, (2,))]
+)
+def test_the_natural_gradient_moves_by_the_kl_it_was_asked_for(space):
+    # KL is epsilon to second order; at a small epsilon and damping the measured one is near it.
+    policy = make_policy(space)
+    experience = make_experience(policy, states=512)
+    config = NaturalGradient(max_kl=1e-4, damping=1e-6, conjugate_gradient_iterations=60)
+    metrics = TrustRegionLearner(policy, config).update(experience)
+    assert metrics["kl_to_old_after"] == pytest.approx(1e-4, rel=0.1)
+    assert metrics["surrogate_gain"] == pytest.approx(metrics["predicted_gain"], rel=0.05)
+
+
+def test_masked_actions_change_nothing():
+    """`make_experience` puts absurd observations under the mask; other absurd ones must give the same step."""
+    results = []
+    for filler in (1e3, -7.0):
+        policy = make_policy()
+        experience = make_experience(policy)
+        observations = torch.where(experience.action_mask.unsqueeze(-1), experience.inputs["observations"], filler)
+        experience = dataclasses.replace(experience, inputs={"observations": observations})
+        TrustRegionLearner(policy, Trpo()).update(experience)
+        results.append(torch.cat([p.detach().reshape(-1) for p in policy.parameters()]))
+    assert torch.equal(*results)
+
+
+# --- the dual variable ------------------------------------------------------------------------------------------------
+
+
+def test_the_multiplier_climbs_with_the_excess_and_stops_at_0():
+    # lambda <- max(0, lambda + 50 (KL - .01)): from 1, KL .05 gives 1 + 50 x .04 = 3; KL .01 keeps it;
+    # KL 0 gives 3 - .5 = 2.5; six more give 2, 1.5, 1, .5, 0, and 0 again, not -.5.
+    coefficient = make_kl_coefficient(shared_algorithm(TrpoDual()).kl)
+    assert coefficient.value == 1
+    seen = []
+    for kl in (0.05, 0.01, *[0.0] * 7):
+        coefficient.update(kl, episodes=1)
+        seen.append(coefficient.value)
+    assert seen == pytest.approx([3, 3, 2.5, 2, 1.5, 1, 0.5, 0, 0])
+
+
+def test_a_larger_multiplier_keeps_the_policy_nearer():
+    kls = []
+    for multiplier in (0.0, 10.0, 1000.0):
+        policy = make_policy()
+        learner = TrustRegionLearner(policy, TrpoDual(learning_rate=1e-2, steps=30))
+        kls.append(learner.update(make_experience(policy), kl_coef=multiplier)["kl_to_old_after"])
+    assert kls[0] > 2 * kls[1] > 4 * kls[2]
+
+
+def test_the_penalised_loss_is_surrogate_minus_multiplier_times_kl():
+    """One plain step of Adam moves against the gradient of -L + lambda KL; here that gradient itself is compared."""
+    policy = make_policy()
+    learner = TrustRegionLearner(policy, TrpoDual())
+    experience = make_experience(policy).flatten_actions()
+    observations = experience.inputs["observations"].squeeze(1)
+    old = describe(policy.distribution, policy.actor(observations))
+    with torch.no_grad():
+        for parameter in actor_parameters(policy):
+            parameter += 0.05
+    from classic_rl.trust_region import _Surrogate
+
+    surrogate = _Surrogate(learner, experience, actions=float(len(experience)))
+    surrogate.old = old
+    loss = surrogate.loss(3.0)[0]
+    outputs = policy.actor(observations)
+    log_probs = torch.distributions.Categorical(logits=outputs).log_prob(experience.actions.squeeze(1))
+    gain = torch.exp(log_probs - experience.old_log_probs.squeeze(1)) * experience.advantages.squeeze(1)
+    expected = -gain.mean() + 3.0 * kl_from(old, policy.distribution, outputs).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, theirs = (torch.autograd.grad(x, actor_parameters(policy)) for x in (loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# --- the critic, errors, state ----------------------------------------------------------------------------------------
+
+
+def test_the_critic_takes_its_own_steps():
+    policy = make_policy()
+    experience = make_experience(policy)
+    mask = experience.action_mask
+    config = Trpo(critic=CriticUpdate(learning_rate=1e-2, epochs=60, minibatches=4))
+
+    def error():
+        with torch.no_grad():
+            return (policy.values(experience.inputs["observations"]) - experience.returns)[mask].square().mean().item()
+
+    before = error()  # returns are the sum of three standard normals: variance 3
+    TrustRegionLearner(policy, config).update(experience)
+    assert before == pytest.approx(3, rel=0.3)
+    assert error() < 0.3
+
+
+def test_errors_are_told():
+    space = gymnasium.spaces.Box(-1, 1, (3,))
+    with pytest.raises(ConfigError, match="critic"):
+        TrustRegionLearner(ActorCritic(space, gymnasium.spaces.Discrete(2), critic=False), Trpo())
+    policy = make_policy()
+    experience = make_experience(policy)
+    advantages = experience.advantages.clone()
+    advantages[experience.action_mask.nonzero()[0].tolist()[0], experience.action_mask.nonzero()[0].tolist()[1]] = (
+        torch.nan
+    )
+    for config in CONFIGS.values():
+        before = [parameter.detach().clone() for parameter in policy.parameters()]
+        with pytest.raises(TrainingError, match="not finite"):
+            TrustRegionLearner(policy, config).update(dataclasses.replace(experience, advantages=advantages))
+        assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), before, strict=True))
+    dual = TrustRegionLearner(make_policy(), CONFIGS["trpo_dual"]).state_dict()
+    with pytest.raises(ConfigError, match=r"another algorithm\.type"):
+        TrustRegionLearner(make_policy(), Trpo()).load_state_dict(dual)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("identifier", ["CartPole-v1", "Pendulum-v1"])
+def test_resumed_equals_uninterrupted_and_repeated(make, tmp_path, name, identifier):
+    config = CONFIGS[name]
+    algorithm = shared_algorithm(config)
+
+    def start():
+        policy, collector = make(identifier, algorithm, CollectSteps(steps=32), num_envs=2, normalize_observations=True)
+        return policy, collector, TrustRegionLearner(policy, config, seed=0), make_kl_coefficient(algorithm.kl)
+
+    def go_on(collector, learner, multiplier):
+        for _ in range(3):
+            experience = estimate(collector.collect(), algorithm)
+            metrics = learner.update(experience, kl_coef=multiplier.value)
+            multiplier.update(metrics["kl_to_old_after"], episodes=1)
+
+    policy, *parts = start()
+    go_on(*parts)
+    torch.save([part.state_dict() for part in parts], tmp_path / "state.pt")
+    go_on(*parts)
+    other, *resumed = start()
+    for part, state in zip(resumed, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    go_on(*resumed)
+    again, *repeated = start()
+    go_on(*repeated)
+    go_on(*repeated)
+    for key, tensor in policy.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key
+        assert torch.equal(tensor, again.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("kind", ["discrete", "multi_discrete", "multi_binary", "box"])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_identity_is_learned(make, name, kind):
+    # Stable-Baselines3's tests/test_identity.py: a mean return above 90 of 100 over 20 episodes, gamma .4.
+    config = CONFIGS[name].model_copy(
+        update={
+            "advantages": Gae(discount=0.4, standardize="batch"),
+            "max_kl": 0.05,
+            "critic": CriticUpdate(minibatches=4),
+        }
+    )
+    algorithm = shared_algorithm(config)
+    kwargs = {"kind": kind}
+    policy, collector = make("Identity-v0", algorithm, CollectSteps(steps=64), num_envs=8, kwargs=kwargs)
+    learner, multiplier = TrustRegionLearner(policy, config, seed=0), make_kl_coefficient(algorithm.kl)
+    for _ in range(40):
+        metrics = learner.update(estimate(collector.collect(), algorithm), kl_coef=multiplier.value)
+        multiplier.update(metrics["kl_to_old_after"], episodes=1)
+    environment = EnvironmentConfig(id="Identity-v0", kwargs=kwargs)
+    assert evaluate(policy, environment, EvaluationConfig(max_steps=100))["return_mean"] > 90
