@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
+from gymnasium.vector import VectorEnv
 from pydantic import Field
 
 from classic_rl.environments import EnvironmentConfig, episode_limit, make_environments, reset_with_seeds
 from classic_rl.episodes import play_episodes
 from classic_rl.networks import NumpyMirror
 from classic_rl.normalization import ObservationNormalizer
+from classic_rl.off_policy import action_masks_of, observation_array, start
 from classic_rl.policy import ActorCritic
 from rlhf.config import Config
 from rlhf.errors import ConfigError
@@ -51,16 +55,10 @@ def evaluate(
     config = config or EvaluationConfig()
     environments = make_environments(environment, num_envs=config.episodes)
     try:
-        limits = [value for value in (episode_limit(environments), config.max_steps) if value is not None]
-        if not limits:
-            raise ConfigError(
-                "the environment has no limit of steps, so an episode may never end",
-                where="evaluation.max_steps",
-                remedy="Set evaluation.max_steps.",
-            )
+        limit = _require_limit(environments, config)
         first = reset_with_seeds(environments, range(config.seed, config.seed + config.episodes))
         actor = _Actor(policy, normalizer, config)
-        steps = play_episodes(environments, first, actor, max_steps=min(limits))
+        steps = play_episodes(environments, first, actor, max_steps=limit)
     finally:
         environments.close()
     returns = steps.rewards.sum(axis=1, dtype=np.float64)
@@ -71,6 +69,81 @@ def evaluate(
         "return_max": float(returns.max()),
         "length_mean": float(steps.mask.sum(axis=1).mean()),
     }
+
+
+def _require_limit(environments: VectorEnv, config: EvaluationConfig) -> int:
+    limits = [value for value in (episode_limit(environments), config.max_steps) if value is not None]
+    if not limits:
+        raise ConfigError(
+            "the environment has no limit of steps, so an episode may never end",
+            where="evaluation.max_steps",
+            remedy="Set evaluation.max_steps.",
+        )
+    return min(limits)
+
+
+class Actor(Protocol):
+    """What `evaluate_agent` needs: every off-policy agent and every loaded one has it."""
+
+    def greedy(self, observations: np.ndarray, *, action_masks: np.ndarray | None = None) -> np.ndarray:
+        """Return deterministic actions."""
+        ...
+
+    def to_environment(self, actions: np.ndarray) -> np.ndarray:
+        """Turn them into what the environment accepts."""
+        ...
+
+
+def evaluate_agent(
+    agent: Actor, environment: EnvironmentConfig, config: EvaluationConfig | None = None
+) -> dict[str, float]:
+    """Play `episodes` greedy episodes of an off-policy agent with raw rewards; images and action masks are understood.
+
+    Args:
+        agent: What is judged; it is not changed.
+        environment: The training environment's config.
+        config: How; such agents are judged by their deterministic actions.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        ConfigError: Episodes may never end, or `deterministic` is false.
+    """
+    config = config or EvaluationConfig()
+    if not config.deterministic:
+        raise ConfigError("off-policy agents are judged by their greedy actions", where="evaluation.deterministic")
+    returns, lengths = play_greedily(agent, environment, config)
+    return {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "return_min": float(returns.min()),
+        "return_max": float(returns.max()),
+        "length_mean": float(lengths.mean()),
+    }
+
+
+def play_greedily(
+    agent: Actor, environment: EnvironmentConfig, config: EvaluationConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the undiscounted returns [episodes] and lengths [episodes] of greedy episodes."""
+    environments = make_environments(environment, num_envs=config.episodes, images=True)
+    try:
+        limit = _require_limit(environments, config)
+        new, infos = start(environments, config.seed)
+        alive = np.ones(config.episodes, dtype=bool)
+        returns, lengths = np.zeros(config.episodes), np.zeros(config.episodes)
+        while alive.any() and lengths.max() < limit:
+            observations = observation_array(environments.single_observation_space, new)
+            masks: Any = action_masks_of(environments, infos)
+            actions = agent.greedy(observations, **({} if masks is None else {"action_masks": masks}))
+            new, rewards, terminated, truncated, infos = environments.step(agent.to_environment(actions))
+            returns += rewards * alive
+            lengths += alive
+            alive &= ~(terminated | truncated)
+    finally:
+        environments.close()
+    return returns, lengths
 
 
 class _Actor:

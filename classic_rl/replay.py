@@ -290,3 +290,22 @@ class ReplayBuffer:
         self._head, self._filled, self._count = state["head"], state["filled"], state["count"]
         self._continues = state["continues"]
         self._generator.bit_generator.state = state["generator"]
+
+
+class NewestStep(ReplayBuffer):
+    """No replay: a "batch" is what has just happened, one transition of each environment that did not only reset."""
+
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(2 * shared["num_envs"], **shared)
+
+    def sample(self, batch_size: int) -> Transitions:
+        """Return the newest transitions, whatever the batch size.
+
+        Raises:
+            TrainingError: Every environment has just been reset.
+        """
+        row = self._head - 1 if self._head else self._rows - 1
+        places = row * self.num_envs + np.flatnonzero(self._valid[row])
+        if len(places) == 0:
+            raise TrainingError("nothing has happened since the reset", where="NewestStep.sample")
+        return self._gather(places, None)

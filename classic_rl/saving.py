@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
@@ -19,6 +20,8 @@ from classic_rl.spaces import flatten_observations, space_from_json, space_to_js
 from rlhf.errors import ModelError
 
 _FORMAT = 1
+_AGENTS = {"dqn": "classic_rl.dqn"}
+"""Where the off-policy agents live; each module has `load_policy(description, tensors)`."""
 
 
 def save(folder: str | Path, policy: ActorCritic, *, normalizer: ObservationNormalizer | None = None) -> None:
@@ -43,8 +46,33 @@ def save(folder: str | Path, policy: ActorCritic, *, normalizer: ObservationNorm
     (folder / "policy.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path) -> TrainedPolicy:
-    """Read a folder that `save` wrote.
+class SavableAgent(Protocol):
+    """What an off-policy agent tells of itself to be saved."""
+
+    def policy_description(self) -> dict[str, Any]:
+        """JSON with the key `type`, a key of `_AGENTS`, and all that its module's `load_policy` needs."""
+        ...
+
+    def policy_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights that acting needs."""
+        ...
+
+
+def save_agent(folder: str | Path, agent: SavableAgent) -> None:
+    """Write what acting greedily needs of an off-policy agent; `load` reads it without the environment."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in agent.policy_tensors().items()}
+    save_file(tensors, folder / "policy.safetensors")
+    description = {"format": _FORMAT, "agent": agent.policy_description()}
+    (folder / "policy.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path) -> Any:
+    """Read a folder that `save` or `save_agent` wrote.
+
+    Returns:
+        A `TrainedPolicy`, or an off-policy agent's own; either has `predict(observation, deterministic=True)`.
 
     Raises:
         ModelError: The folder lacks a file, or a file is not what `save` writes.
@@ -56,6 +84,9 @@ def load(folder: str | Path) -> TrainedPolicy:
     try:
         description = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "policy.safetensors")
+        if "agent" in description:
+            module = importlib.import_module(_AGENTS[description["agent"]["type"]])
+            return module.load_policy(description["agent"], tensors)
         policy = ActorCritic(
             space_from_json(description["observation_space"]),
             space_from_json(description["action_space"]),

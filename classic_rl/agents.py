@@ -1,0 +1,40 @@
+"""The off-policy agents by their `type`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from classic_rl.dqn import DQN
+from classic_rl.dqn_config import DQNConfig
+from classic_rl.environments import EnvironmentConfig, make_environments
+from classic_rl.off_policy import OffPolicySchedule, action_masks_of, start
+
+AgentConfig = DQNConfig
+"""Settings of any off-policy agent: a union by `type`."""
+
+
+def make_agent(config: AgentConfig, *, environment: EnvironmentConfig, schedule: OffPolicySchedule, seed: int) -> Any:
+    """Build the agent for an environment.
+
+    Args:
+        config: Which, and its settings.
+        environment: Told for its spaces and the number of environments; one is made and closed again.
+        schedule: The run's.
+        seed: Of everything random in the agent.
+
+    Raises:
+        ConfigError: The agent cannot act in this environment.
+    """
+    probe = make_environments(environment, num_envs=1, images=True)
+    try:
+        _, infos = start(probe, seed)
+        shared = {
+            "observation_space": probe.single_observation_space,
+            "action_space": probe.single_action_space,
+            "num_envs": environment.num_envs,
+            "schedule": schedule,
+            "seed": seed,
+        }
+        return DQN(config, action_masks=action_masks_of(probe, infos) is not None, **shared)
+    finally:
+        probe.close()

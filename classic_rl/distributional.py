@@ -1,0 +1,217 @@
+"""What a Q network's outputs mean, and the losses that train them, each with its gradient in closed form.
+
+Outputs are [B, A, M]: M = 1 value, M logits over atoms (C51), or M quantiles (QR-DQN). The gradient with respect to the
+outputs is a few vector operations, so the network's backward pass is all that autograd has to do.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from rlhf.config import Config
+
+
+class ScalarValues(Config):
+    """One value per action: Q(s, a)."""
+
+    type: Literal["scalar"] = "scalar"
+    huber: float | None = Field(1.0, gt=0)
+    """Errors beyond this count linearly (1 is Mnih et al.'s error clipping); null squares all."""
+
+    @property
+    def size(self) -> int:
+        """M."""
+        return 1
+
+
+class CategoricalValues(Config):
+    """A distribution over fixed atoms: C51 (Bellemare et al. 2017, https://arxiv.org/abs/1707.06887)."""
+
+    type: Literal["categorical"] = "categorical"
+    atoms: int = Field(51, ge=2)
+    """How many, equally spaced."""
+    low: float = -10.0
+    """The least return."""
+    high: float = 10.0
+    """The greatest return."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> CategoricalValues:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+        return self
+
+    @property
+    def size(self) -> int:
+        """M."""
+        return self.atoms
+
+
+class QuantileValues(Config):
+    """Quantiles of the return at fixed levels: QR-DQN (Dabney et al. 2018, https://arxiv.org/abs/1710.10044)."""
+
+    type: Literal["quantile"] = "quantile"
+    quantiles: int = Field(200, ge=1)
+    """How many, at the levels (i + 1/2) / quantiles."""
+    huber: float | None = Field(1.0, gt=0)
+    """kappa of the quantile Huber loss; null is plain quantile regression."""
+
+    @property
+    def size(self) -> int:
+        """M."""
+        return self.quantiles
+
+
+Values = Annotated[ScalarValues | CategoricalValues | QuantileValues, Field(discriminator="type")]
+
+
+class LossAndGradient(NamedTuple):
+    """Of a batch."""
+
+    losses: Tensor
+    """[B], unweighted."""
+    gradient: Tensor
+    """[B, A, M], of mean_b w_b loss_b with respect to the outputs."""
+    errors: Tensor
+    """[B] >= 0, what prioritized replay takes as |delta|."""
+
+
+def expected_values(outputs: Tensor, values: Values) -> Tensor:
+    """Return Q(s, a) [B, A] of outputs [B, A, M]."""
+    match values:
+        case ScalarValues():
+            return outputs.squeeze(-1)
+        case CategoricalValues():
+            return outputs.softmax(dim=-1) @ support_of(values, like=outputs)
+        case QuantileValues():
+            return outputs.mean(dim=-1)
+
+
+def support_of(values: CategoricalValues, *, like: Tensor) -> Tensor:
+    """Return the atoms z [M]."""
+    return torch.linspace(values.low, values.high, values.atoms, dtype=like.dtype, device=like.device)
+
+
+def project(probabilities: Tensor, atoms: Tensor, support: Tensor) -> Tensor:
+    """Project a distribution on moved atoms onto the fixed support: C51's operator Phi.
+
+    m_i = sum_j [1 - |clip(z'_j, z_1, z_M) - z_i| / dz]_0^1 p_j (equation 7): each atom's mass is shared by its two
+    neighbours, in proportion to their nearness.
+
+    >>> support = torch.tensor([0.5, 1.0, 1.5])
+    >>> project(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.8, 0.0]]), support)
+    tensor([[0.4000, 0.6000, 0.0000]])
+
+    Args:
+        probabilities: [B, M], mass of each moved atom.
+        atoms: [B, M], z' = r + discount x z.
+        support: [M], equally spaced.
+
+    Returns:
+        [B, M], rows sum to 1.
+    """
+    size = len(support)
+    spacing = (support[-1] - support[0]) / (size - 1)
+    place = ((atoms - support[0]) / spacing).clamp(0, size - 1)
+    lower = place.floor().clamp(max=size - 2)
+    above = place - lower  # share of the upper neighbour
+    index = lower.long()
+    projected = torch.zeros_like(probabilities).scatter_add_(1, index, probabilities * (1 - above))
+    return projected.scatter_add_(1, index + 1, probabilities * above)
+
+
+def scalar_loss(
+    outputs: Tensor, actions: Tensor, targets: Tensor, *, weights: Tensor | None = None, huber: float | None = 1.0
+) -> LossAndGradient:
+    """L_b = 1/2 delta^2 with delta = Q(s, a) - target, linear beyond `huber`: h (|delta| - h / 2).
+
+    The semi-gradient: targets are constants. Source: Mnih et al. 2015; the weight is prioritized replay's omega of
+    1/2 omega (r + gamma max Q - Q)^2 (Schaul et al. 2016, https://arxiv.org/abs/1511.05952).
+
+    >>> scalar_loss(torch.tensor([[[3.0], [0.0]]]), torch.tensor([0]), torch.tensor([1.0])).losses
+    tensor([1.5000])
+
+    Args:
+        outputs: [B, A, 1].
+        actions: [B] int64.
+        targets: [B].
+        weights: [B]; None is 1.
+        huber: Where the loss becomes linear; None nowhere.
+    """
+    rows = torch.arange(len(actions), device=outputs.device)
+    delta = outputs.detach()[rows, actions, 0] - targets
+    slope = delta if huber is None else delta.clamp(-huber, huber)
+    losses = slope * (delta - 0.5 * slope)  # both pieces: delta^2 / 2, and h |delta| - h^2 / 2
+    return LossAndGradient(losses, _spread(outputs, actions, slope[:, None], weights), delta.abs())
+
+
+def categorical_loss(
+    outputs: Tensor, actions: Tensor, target: Tensor, *, weights: Tensor | None = None
+) -> LossAndGradient:
+    """Cross-entropy -sum_i m_i log p_i(s, a), gradient p - m; the error is KL(m || p), which Rainbow prioritizes by.
+
+    Args:
+        outputs: [B, A, M] logits.
+        actions: [B] int64.
+        target: [B, M], the projected distribution.
+        weights: [B]; None is 1.
+    """
+    rows = torch.arange(len(actions), device=outputs.device)
+    log_probabilities = outputs.detach()[rows, actions].log_softmax(dim=-1)
+    losses = -(target * log_probabilities).sum(dim=-1)
+    gradient = _spread(outputs, actions, log_probabilities.exp() - target, weights)
+    divergence = losses + torch.xlogy(target, target).sum(dim=-1)
+    return LossAndGradient(losses, gradient, divergence.clamp(min=0))
+
+
+def quantile_loss(
+    outputs: Tensor,
+    actions: Tensor,
+    target: Tensor,
+    *,
+    levels: Tensor | None = None,
+    weights: Tensor | None = None,
+    huber: float | None = 1.0,
+) -> LossAndGradient:
+    """Quantile regression: sum_i mean_j |tau_i - 1{u < 0}| L(u) / kappa with u = target_j - theta_i.
+
+    L is Huber's loss with threshold kappa (equation 10 of QR-DQN), or |u| without it. Its slope with respect to theta_i
+    is -mean_j |tau_i - 1{u < 0}| clip(u, -kappa, kappa) / kappa.
+
+    Args:
+        outputs: [B, A, M] quantiles theta.
+        actions: [B] int64.
+        target: [B, K] samples or quantiles of the target distribution.
+        levels: tau, [M] or [B, M]; None is (i + 1/2) / M.
+        weights: [B]; None is 1.
+        huber: kappa; None is plain quantile regression.
+    """
+    rows = torch.arange(len(actions), device=outputs.device)
+    quantiles = outputs.detach()[rows, actions]
+    if levels is None:
+        size = quantiles.shape[1]
+        levels = (torch.arange(size, dtype=quantiles.dtype, device=quantiles.device) + 0.5) / size
+    difference = target[:, None, :] - quantiles[:, :, None]  # [B, M, K]
+    side = (levels[..., None] - (difference < 0).to(quantiles.dtype)).abs()
+    if huber is None:
+        slope, cost = difference.sign(), difference.abs()
+    else:
+        slope = difference.clamp(-huber, huber)
+        cost, slope = slope * (difference - 0.5 * slope) / huber, slope / huber
+    losses = (side * cost).mean(dim=-1).sum(dim=-1)
+    gradient = _spread(outputs, actions, -(side * slope).mean(dim=-1), weights)
+    errors = (target.mean(dim=-1) - quantiles.mean(dim=-1)).abs()
+    return LossAndGradient(losses, gradient, errors)
+
+
+def _spread(outputs: Tensor, actions: Tensor, slope: Tensor, weights: Tensor | None) -> Tensor:
+    """Put the slope [B, M] of the taken actions' loss, times weight / B, into zeros [B, A, M]."""
+    batch = len(actions)
+    scale = slope / batch if weights is None else slope * (weights / batch)[:, None]
+    gradient = torch.zeros_like(outputs)
+    gradient[torch.arange(batch, device=outputs.device), actions] = scale
+    return gradient
