@@ -297,6 +297,13 @@ class Learner:
         actions = sum(minibatch.actions for minibatch in plan.minibatches)
         return self.reduce(total).item() / max(1, actions)
 
+    @torch.no_grad()
+    def score(self, inputs: dict[str, Tensor], actions: Tensor) -> PolicyOutput:
+        """What an update's forward says of these actions: the wrapped policy, in training mode and precision."""
+        self._model.train()
+        device = self.accelerator.device
+        return self._model({name: tensor.to(device) for name, tensor in inputs.items()}, actions.to(device))
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, per parameter name; a collective call where parameters are sharded."""
         return {
