@@ -104,6 +104,7 @@ class GymCollector:
         seed: int = 0,
         processes: Processes | None = None,
     ) -> None:
+        _refuse_language_only(algorithm)
         self.policy, self.algorithm, self.seed = policy, algorithm, seed
         self.processes = processes or Processes()
         self.share = share_of_environments(
@@ -226,6 +227,16 @@ class GymCollector:
         self.environments.close()
 
 
+def _refuse_language_only(algorithm: AlgorithmConfig) -> None:
+    if algorithm.language_only is not None:
+        raise ConfigError(
+            f"the algorithm needs {algorithm.language_only}, which only a language model's rollout has",
+            where="algorithm",
+            expected="an algorithm that environments can feed",
+            remedy="Use rloo, grpo, reinforce or ppo here; run this one with `rlhf run grpo` or `rlhf run ppo_rlhf`.",
+        )
+
+
 def _state(holder: Any) -> Any:
     return None if holder is None else holder.state_dict()
 
@@ -256,6 +267,12 @@ class StepCollector(GymCollector):
                 got="steps",
                 expected="episodes",
                 remedy="Set collect: {type: episodes, group_size: 8}.",
+            )
+        if algorithm.discounted_state_weight:
+            raise ConfigError(
+                "discounted_state_weight counts steps from the episode's start, and these rows begin anywhere in one",
+                where="algorithm.discounted_state_weight",
+                remedy="Set collect: {type: episodes}.",
             )
         super().__init__(policy, environment, algorithm, **shared)
         self.steps = collect.steps

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf.core.masking import Reduce, identity
 from rlhf.errors import ConfigError
 
-GroupScale = Literal["sample_std", "population_std", "batch_std", "none"]
+GroupScale = Literal["sample_std", "population_std", "batch_std", "mean", "none"]
 
 CACHED_ELEMENTS = 1 << 18
 """Elements of a block of rows that a CPU core's cache holds together with the scan's temporaries: 1 MiB of float32."""
@@ -57,7 +57,7 @@ def gae(
     episode_ends: Bool[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     discount: float,
-    gae_lambda: float,
+    gae_lambda: float | Float[Tensor, "B 1"],
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Generalized advantage estimation.
 
@@ -72,7 +72,7 @@ def gae(
         episode_ends: True where the episode ended after this action.
         mask: True where the action was the policy's own.
         discount: gamma in [0, 1].
-        gae_lambda: lambda in [0, 1].
+        gae_lambda: lambda in [0, 1], one for all or one per row.
 
     Returns:
         Advantages and returns, both 0 where masked.
@@ -86,6 +86,26 @@ def gae(
     decay = torch.where(mask, discount * gae_lambda * (~episode_ends).to(values.dtype), 1.0)
     advantages = torch.where(mask, discounted_scan(deltas, decay), 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def length_adaptive_lambda(mask: Bool[Tensor, "B T"], *, alpha: float) -> Float[Tensor, "B 1"]:
+    """`1 - 1 / (alpha * l)` for a row of l actions, so that the weights of the temporal differences sum to alpha * l.
+
+    Never below 0, which rows shorter than 1 / alpha get.
+    Source: VAPO, https://arxiv.org/abs/2504.05118, eq. 7 and 8 (alpha .05).
+
+    Args:
+        mask: True where the action was the policy's own.
+        alpha: > 0.
+
+    Returns:
+        [B, 1]
+
+    >>> length_adaptive_lambda(torch.ones(1, 100, dtype=torch.bool), alpha=0.05)
+    tensor([[0.8000]])
+    """
+    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (1 - 1 / (alpha * lengths)).clamp(min=0)
 
 
 def next_own_step(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -201,8 +221,17 @@ def n_step_returns(
     return torch.where(mask, returns, 0.0)
 
 
-def _group_statistics(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row: size and mean of its group, deviation from the mean (exactly 0 where all are equal), group index."""
+def group_statistics(
+    scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"], Int[Tensor, " B"]]:
+    """Per row: size and mean of its group, deviation from the mean (exactly 0 where all are equal), group number.
+
+    Raises:
+        ConfigError: A group has fewer than two rows.
+
+    >>> group_statistics(torch.tensor([3.0, 1.0]), torch.tensor([7, 7]))
+    (tensor([2., 2.]), tensor([2., 2.]), tensor([ 1., -1.]), tensor([0, 0]))
+    """
     _, index = torch.unique(group_ids, return_inverse=True)
     groups = int(index.max()) + 1 if len(index) else 0
     sizes = scores.new_zeros(groups).index_add_(0, index, torch.ones_like(scores))
@@ -234,31 +263,35 @@ def group_relative(
 
     `A_i = (r_i - mean(r)) / (std(r) + epsilon)`; a group of equal scores gives exactly 0.
     Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2; `none`: Liu et al. 2025,
-    https://arxiv.org/abs/2503.20783; `batch_std`: Liu et al. 2025, https://arxiv.org/abs/2508.08221.
+    https://arxiv.org/abs/2503.20783; `batch_std`: Liu et al. 2025, https://arxiv.org/abs/2508.08221; `mean`, which
+    weighs a prompt by one over its rate of success: Tajwar et al. 2026, https://arxiv.org/abs/2602.02710.
 
     Args:
         scores: One score per row.
         group_ids: Rows with one id are one group; whole groups lie on one process.
         scale: sample_std (n - 1, as torch and TRL), population_std (n), batch_std (sample std over all scores of
-            all processes) or none.
-        epsilon: Added to the standard deviation.
+            all processes), mean (of the group) or none.
+        epsilon: Added to what divides.
         reduce: Sums a tensor over processes; only batch_std calls it.
 
     Returns:
         [B]
 
     Raises:
-        ConfigError: A group has fewer than two rows.
+        ConfigError: A group has fewer than two rows, or the scale is the mean and a score is negative.
 
     >>> group_relative(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.zeros(4, dtype=torch.int64),
     ...                scale="population_std", epsilon=0.0)
     tensor([ 1., -1., -1.,  1.])
     """
-    sizes, _, deviations, index = _group_statistics(scores, group_ids)
+    sizes, means, deviations, index = group_statistics(scores, group_ids)
     group_squares = torch.zeros_like(scores).index_add_(0, index, deviations**2)[index]
     match scale:
         case "none":
             return deviations
+        case "mean":
+            _refuse_negative(scores)
+            return deviations / (means + epsilon).clamp(min=torch.finfo(scores.dtype).tiny)
         case "sample_std":
             variance = group_squares / (sizes - 1)
         case "population_std":
@@ -291,5 +324,15 @@ def leave_one_out(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> 
     >>> leave_one_out(torch.tensor([3.0, 1.0, 2.0]), torch.zeros(3, dtype=torch.int64))
     tensor([ 1.5000, -1.5000,  0.0000])
     """
-    sizes, _, deviations, _ = _group_statistics(scores, group_ids)
+    sizes, _, deviations, _ = group_statistics(scores, group_ids)
     return deviations * sizes / (sizes - 1)
+
+
+def _refuse_negative(scores: Tensor) -> None:
+    if (scores < 0).any():
+        raise ConfigError(
+            "a group's mean can only scale scores that are not negative: it stands for a rate of success",
+            where="advantages.scale",
+            got=f"a score of {scores.min().item():g}",
+            remedy="Use a reward between 0 and 1, or scale: sample_std.",
+        )

@@ -11,113 +11,73 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf.config import Config
+from rlhf.core.advantage_axis import (
+    Advantages,
+    BestOfGroup,
+    Gae,
+    GreedyBaseline,
+    GroupRelative,
+    GroupRelativeParts,
+    LeaveOneOut,
+    NStep,
+    RewardsToGo,
+    Standardize,
+)
+from rlhf.core.surrogate_axis import (
+    Clipped,
+    ClippedWeight,
+    DualClipped,
+    GeometricMean,
+    PolicyGradient,
+    ProbabilityMask,
+    SoftGate,
+    Surrogate,
+    Unclipped,
+)
 
-Standardize = Literal["none", "minibatch", "batch"]
-
-
-# --- advantages ---------------------------------------------------------------------------------------------------
-
-
-class Gae(Config):
-    """Generalized advantage estimation; needs a critic."""
-
-    type: Literal["gae"] = "gae"
-    discount: float = Field(default=0.99, ge=0, le=1)
-    """gamma, per action."""
-    gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """lambda; 0 is the one-step TD error, 1 is discounted return minus value."""
-    standardize: Standardize = "none"
-    """Mean 0, std 1 over each minibatch, or over the whole rollout of all processes."""
-
-
-class RewardsToGo(Config):
-    """Discounted rewards to go (REINFORCE), optionally minus the critic's value as baseline."""
-
-    type: Literal["rewards_to_go"] = "rewards_to_go"
-    discount: float = Field(default=0.99, ge=0, le=1)
-    """gamma, per action."""
-    baseline: Literal["none", "value"] = "none"
-    standardize: Standardize = "none"
-
-
-class NStep(Config):
-    """n-step bootstrapped return minus value; needs a critic."""
-
-    type: Literal["n_step"] = "n_step"
-    n: int = Field(default=5, ge=1)
-    discount: float = Field(default=0.99, ge=0, le=1)
-    """gamma, per action."""
-    standardize: Standardize = "none"
-
-
-class GroupRelative(Config):
-    """Score minus its group's mean, divided by a standard deviation (GRPO)."""
-
-    type: Literal["group_relative"] = "group_relative"
-    scale: Literal["sample_std", "population_std", "batch_std", "none"] = "sample_std"
-    """What divides the centred score; batch_std is the standard deviation over all scores of the rollout."""
-    epsilon: float = Field(default=1e-4, ge=0)
-    """Added to the standard deviation."""
-
-
-class LeaveOneOut(Config):
-    """Score minus the mean of the other scores in its group (RLOO)."""
-
-    type: Literal["leave_one_out"] = "leave_one_out"
-
-
-Advantages = Annotated[Gae | RewardsToGo | NStep | GroupRelative | LeaveOneOut, Field(discriminator="type")]
-
-
-# --- surrogates ---------------------------------------------------------------------------------------------------
-
-
-class PolicyGradient(Config):
-    """log pi x A: the plain policy gradient; the ratio is not used."""
-
-    type: Literal["policy_gradient"] = "policy_gradient"
-
-
-class Unclipped(Config):
-    """ratio x A (conservative policy iteration; the PPO paper's row 'no clipping or penalty')."""
-
-    type: Literal["unclipped"] = "unclipped"
-
-
-class Clipped(Config):
-    """min(ratio x A, clip(ratio, 1 - clip_low, 1 + clip_high) x A)."""
-
-    type: Literal["clipped"] = "clipped"
-    clip_low: float = Field(default=0.2, ge=0, le=1)
-    clip_high: float = Field(default=0.2, ge=0)
-
-
-class DualClipped(Config):
-    """The clipped surrogate, bounded below by bound x A where A < 0."""
-
-    type: Literal["dual_clipped"] = "dual_clipped"
-    clip_low: float = Field(default=0.2, ge=0, le=1)
-    """The ratio gains nothing below 1 - clip_low."""
-    clip_high: float = Field(default=0.2, ge=0)
-    """The ratio gains nothing above 1 + clip_high."""
-    bound: float = Field(default=3.0, gt=1)
-
-    @model_validator(mode="after")
-    def _refuse_bounds_inside_the_clip_range(self) -> Self:
-        if self.bound <= 1 + self.clip_high:
-            raise ValueError(f"bound {self.bound} must lie above 1 + clip_high = {1 + self.clip_high}; raise bound")
-        return self
-
-
-class ClippedWeight(Config):
-    """stop_gradient(min(ratio, 1 + clip_high)) x A x log pi (CISPO); there is no lower bound."""
-
-    type: Literal["clipped_weight"] = "clipped_weight"
-    clip_high: float = Field(default=4.0, ge=0)
-    """The weight's cap is 1 + clip_high; 4 gives ScaleRL's cap of 5."""
-
-
-Surrogate = Annotated[PolicyGradient | Unclipped | Clipped | DualClipped | ClippedWeight, Field(discriminator="type")]
+__all__ = [
+    "AdaptiveEntropy",
+    "AdaptiveKl",
+    "Advantages",
+    "Aggregation",
+    "AlgorithmConfig",
+    "BestOfGroup",
+    "Clipped",
+    "ClippedValueLoss",
+    "ClippedWeight",
+    "DualClipped",
+    "DualKl",
+    "FixedKl",
+    "FixedLength",
+    "Gae",
+    "GeometricMean",
+    "GreedyBaseline",
+    "GroupRelative",
+    "GroupRelativeParts",
+    "Kl",
+    "KlCoefficientConfig",
+    "KlInLoss",
+    "KlInReward",
+    "LeaveOneOut",
+    "MaskedWeights",
+    "NStep",
+    "NoKl",
+    "PolicyGradient",
+    "ProbabilityMask",
+    "ProportionalKl",
+    "RewardsToGo",
+    "RolloutCorrection",
+    "SequenceMean",
+    "SequenceSum",
+    "SoftGate",
+    "SquaredValueLoss",
+    "Standardize",
+    "Surrogate",
+    "TokenMean",
+    "TruncatedWeights",
+    "Unclipped",
+    "ValueLoss",
+]
 
 
 # --- KL -----------------------------------------------------------------------------------------------------------
@@ -295,6 +255,18 @@ class MaskedWeights(Config):
 RolloutCorrection = Annotated[TruncatedWeights | MaskedWeights, Field(discriminator="type")]
 
 
+class AdaptiveEntropy(Config):
+    """A coefficient of the entropy bonus that rises while the entropy is below its target, and falls above it.
+
+    It acts only while the entropy is at or below the target. Source: Skywork-OR1, https://arxiv.org/abs/2505.22312.
+    """
+
+    target: float = Field(gt=0)
+    """Nats per action."""
+    step: float = Field(default=0.005, gt=0)
+    """Added, or taken away, once per policy update."""
+
+
 # --- the row ------------------------------------------------------------------------------------------------------
 
 
@@ -302,8 +274,9 @@ class AlgorithmConfig(Config):
     """One policy-optimization algorithm, complete."""
 
     advantages: Advantages
-    ratio: Literal["token", "sequence_geometric_mean", "sequence_product"] = "token"
-    """Importance ratio to the policy that collected: per action, or one per row."""
+    ratio: Literal["token", "sequence_geometric_mean", "sequence_geometric_mean_token", "sequence_product"] = "token"
+    """Importance ratio to the policy that collected: per action, or one per row; sequence_geometric_mean_token has the
+    row's value and each action's own gradient (GSPO-token)."""
     surrogate: Surrogate = Clipped()
     kl: Kl = NoKl()
     aggregation: Aggregation = TokenMean()
@@ -311,8 +284,20 @@ class AlgorithmConfig(Config):
     """None trains no critic."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Entropy bonus per action, aggregated as the surrogate is."""
+    adaptive_entropy: AdaptiveEntropy | None = None
+    """Steers the coefficient, from entropy_coef on, towards a target entropy; null keeps it as it is."""
     rollout_correction: RolloutCorrection | None = None
     """Importance weights against sampling_log_probs; None trusts the engine."""
+    off_policy_threshold: float | None = Field(default=None, ge=0)
+    """Leave out rows of negative advantage whose mean log(behaviour / policy) exceeds this, in nats (OPSM of
+    DeepSeek-V3.2); behaviour is the generation engine where it reports log-probs. null keeps all."""
+    whiten_rewards: bool = False
+    """Scale rewards, KL penalty included, to standard deviation 1 over all actions of the rollout; the mean is kept."""
+    advantage_clip: float | None = Field(default=None, gt=0)
+    """Clip advantages, after any standardization, to [-advantage_clip, advantage_clip]; null: off."""
+    discounted_state_weight: bool = False
+    """Weigh the action at step t of its episode by discount^t, as the policy gradient theorem has it and hardly any
+    library does; needs rows that begin with their episodes."""
     epochs: int = Field(default=1, ge=1)
     """Passes over one rollout."""
     minibatches: int = Field(default=1, ge=1)
@@ -342,6 +327,32 @@ class AlgorithmConfig(Config):
             raise ValueError("a dual KL coefficient inside group rewards has no fixed point; use fixed or proportional")
         return self
 
+    @model_validator(mode="after")
+    def _refuse_members_that_do_not_fit(self) -> Self:
+        if isinstance(self.surrogate, ProbabilityMask | GeometricMean | SoftGate) and self.ratio != "token":
+            raise ValueError(f"{self.surrogate.type} is defined on the ratio of each action; use ratio: token")
+        if isinstance(self.surrogate, GeometricMean) and self.aggregation.type != "sequence_mean":
+            raise ValueError(
+                f"geometric_mean has one value per row, which stands at each of its actions; {self.aggregation.type} "
+                "would weigh a row by its length; use aggregation: sequence_mean"
+            )
+        if isinstance(self.advantages, GroupRelativeParts) and isinstance(self.kl, KlInReward):
+            raise ValueError(
+                "group_relative_parts compares the parts of the reward, so a KL in the reward would not be seen; use "
+                "kl: {type: in_loss}"
+            )
+        if self.whiten_rewards and (self.needs_groups or isinstance(self.advantages, GreedyBaseline)):
+            raise ValueError(
+                f"advantages {self.advantages.type!r} sum the rewards of a row, and whitening gives every action a "
+                "part of the mean, so that length would count; remove whiten_rewards"
+            )
+        if self.discounted_state_weight and not isinstance(self.advantages, Gae | RewardsToGo | NStep):
+            raise ValueError(
+                f"advantages {self.advantages.type!r} have no discount; remove discounted_state_weight, or use gae, "
+                "n_step or rewards_to_go"
+            )
+        return self
+
     @property
     def wants_values(self) -> bool:
         """Whether advantages are computed from a critic."""
@@ -361,7 +372,18 @@ class AlgorithmConfig(Config):
     @property
     def needs_groups(self) -> bool:
         """Whether rows must come in groups of at least two."""
-        return isinstance(self.advantages, GroupRelative | LeaveOneOut)
+        return isinstance(self.advantages, GroupRelative | GroupRelativeParts | LeaveOneOut | BestOfGroup)
+
+    @property
+    def language_only(self) -> str | None:
+        """What only language models have and this algorithm needs, in words; None where gymnasium will do."""
+        match self.advantages:
+            case GreedyBaseline():
+                return "the score of a greedy completion of the same prompt"
+            case GroupRelativeParts():
+                return "a reward made of several parts"
+            case _:
+                return None if self.rollout_correction is None else "the log-probs of a generation engine"
 
     @property
     def needs_reference(self) -> bool:

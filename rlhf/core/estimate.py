@@ -8,9 +8,29 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from rlhf.core.advantages import carry_values, gae, group_relative, leave_one_out, n_step_returns, rewards_to_go
-from rlhf.core.algorithm import AlgorithmConfig, Gae, GroupRelative, KlInReward, LeaveOneOut, NStep, RewardsToGo
-from rlhf.core.corrections import correction_weights
+from rlhf.core.advantages import (
+    carry_values,
+    gae,
+    group_relative,
+    leave_one_out,
+    length_adaptive_lambda,
+    n_step_returns,
+    rewards_to_go,
+)
+from rlhf.core.algorithm import (
+    AlgorithmConfig,
+    BestOfGroup,
+    Gae,
+    GreedyBaseline,
+    GroupRelative,
+    GroupRelativeParts,
+    KlInReward,
+    LeaveOneOut,
+    NStep,
+    RewardsToGo,
+)
+from rlhf.core.corrections import correction_weights, state_weights
+from rlhf.core.groups import best_of_group, group_relative_parts, length_weighted
 from rlhf.core.kl import kl_estimate
 from rlhf.core.masking import Reduce, identity, standardize
 from rlhf.core.types import Experience, Rollout, present
@@ -45,6 +65,8 @@ def estimate(
     if isinstance(algorithm.kl, KlInReward):
         penalty = kl_estimate(rollout.old_log_probs, present(rollout.ref_log_probs), estimator=algorithm.kl.estimator)
         rewards = rewards - kl_coef * penalty
+    if algorithm.whiten_rewards:
+        rewards = standardize(rewards, rollout.action_mask, reduce=reduce, keep_mean=True)
     advantages, returns = _advantages(rollout, rewards, algorithm, reduce)
     experience = Experience(
         inputs=rollout.inputs,
@@ -56,6 +78,7 @@ def estimate(
         old_values=rollout.values if algorithm.needs_critic else None,
         ref_log_probs=rollout.ref_log_probs,
         weights=_weights(rollout, algorithm),
+        behaviour_log_probs=_behaviour(rollout) if algorithm.off_policy_threshold is not None else None,
     )
     if getattr(algorithm.advantages, "standardize", "none") == "batch":
         return standardize_advantages(experience, reduce=reduce)
@@ -89,16 +112,8 @@ def _advantages(
     """Advantages and, where a critic is trained, returns."""
     mask, ends = rollout.action_mask, rollout.episode_ends
     match algorithm.advantages:
-        case Gae(discount=discount, gae_lambda=gae_lambda):
-            return gae(
-                rewards,
-                present(rollout.values),
-                next_values=_next_values(rollout),
-                episode_ends=ends,
-                mask=mask,
-                discount=discount,
-                gae_lambda=gae_lambda,
-            )
+        case Gae() as axis:
+            return _gae(rollout, rewards, axis)
         case NStep(n=n, discount=discount):
             returns = n_step_returns(
                 rewards, next_values=_next_values(rollout), episode_ends=ends, mask=mask, discount=discount, n=n
@@ -110,15 +125,59 @@ def _advantages(
             return (
                 torch.where(mask, returns - present(rollout.values), 0.0) if baseline == "value" else returns
             ), returns
-        case GroupRelative(scale=scale, epsilon=epsilon):
-            by_row = group_relative(
-                rewards.sum(1), present(rollout.group_ids), scale=scale, epsilon=epsilon, reduce=reduce
-            )
-        case LeaveOneOut():
-            by_row = leave_one_out(rewards.sum(1), present(rollout.group_ids))
+        case GreedyBaseline():
+            returns = rewards_to_go(rewards, episode_ends=ends, mask=mask, discount=1.0)
+            return torch.where(mask, returns - present(rollout.baselines).unsqueeze(1), 0.0), None
+        case GroupRelative() | GroupRelativeParts() | LeaveOneOut() | BestOfGroup():
+            by_row = _compared(rollout, rewards.sum(1), algorithm.advantages, reduce)
+            return torch.where(mask, by_row.unsqueeze(1), 0.0), None
         case _:
             assert_never(algorithm.advantages)
-    return torch.where(mask, by_row.unsqueeze(1), 0.0), None
+
+
+def _gae(rollout: Rollout, rewards: Tensor, axis: Gae) -> tuple[Tensor, Tensor]:
+    """Advantages, and returns, which may have a lambda of their own."""
+
+    def run(gae_lambda: float | Tensor) -> tuple[Tensor, Tensor]:
+        return gae(
+            rewards,
+            present(rollout.values),
+            next_values=_next_values(rollout),
+            episode_ends=rollout.episode_ends,
+            mask=rollout.action_mask,
+            discount=axis.discount,
+            gae_lambda=gae_lambda,
+        )
+
+    own = axis.gae_lambda
+    if axis.length_adaptive is not None:
+        own = length_adaptive_lambda(rollout.action_mask, alpha=axis.length_adaptive).to(rewards.dtype)
+    advantages, returns = run(own)
+    return advantages, returns if axis.critic_lambda is None else run(axis.critic_lambda)[1]
+
+
+def _compared(
+    rollout: Rollout,
+    scores: Tensor,
+    axis: GroupRelative | GroupRelativeParts | LeaveOneOut | BestOfGroup,
+    reduce: Reduce,
+) -> Tensor:
+    """[B]: one advantage per row, from the rows of its group."""
+    group_ids = present(rollout.group_ids)
+    match axis:
+        case GroupRelative(baseline="length_weighted"):
+            return length_weighted(scores, group_ids, mask=rollout.action_mask)
+        case GroupRelative(scale=scale, epsilon=epsilon):
+            return group_relative(scores, group_ids, scale=scale, epsilon=epsilon, reduce=reduce)
+        case GroupRelativeParts(epsilon=epsilon):
+            parts, weights = present(rollout.reward_parts).to(scores.dtype), rollout.part_weights
+            return group_relative_parts(parts, group_ids, weights=weights, epsilon=epsilon, reduce=reduce)
+        case LeaveOneOut():
+            return leave_one_out(scores, group_ids)
+        case BestOfGroup():
+            return best_of_group(scores, group_ids)
+        case _:
+            assert_never(axis)
 
 
 def _next_values(rollout: Rollout) -> Tensor:
@@ -127,15 +186,25 @@ def _next_values(rollout: Rollout) -> Tensor:
     return carry_values(present(rollout.values), rollout.action_mask, episode_ends=rollout.episode_ends)
 
 
+def _behaviour(rollout: Rollout) -> Tensor:
+    return rollout.old_log_probs if rollout.sampling_log_probs is None else rollout.sampling_log_probs
+
+
 def _weights(rollout: Rollout, algorithm: AlgorithmConfig) -> Tensor | None:
-    if algorithm.rollout_correction is None:
-        return None
-    return correction_weights(
-        rollout.old_log_probs,
-        present(rollout.sampling_log_probs),
-        rollout.action_mask,
-        correction=algorithm.rollout_correction,
-    )
+    """What multiplies the surrogate at each action; None where nothing does."""
+    weights = None
+    if algorithm.rollout_correction is not None:
+        weights = correction_weights(
+            rollout.old_log_probs,
+            present(rollout.sampling_log_probs),
+            rollout.action_mask,
+            correction=algorithm.rollout_correction,
+        )
+    if algorithm.discounted_state_weight:
+        discount = getattr(algorithm.advantages, "discount", 1.0)
+        by_time = state_weights(rollout.action_mask, episode_ends=rollout.episode_ends, discount=discount)
+        weights = by_time if weights is None else weights * by_time
+    return weights
 
 
 def _require(rollout: Rollout, algorithm: AlgorithmConfig) -> None:
@@ -149,6 +218,18 @@ def _require(rollout: Rollout, algorithm: AlgorithmConfig) -> None:
             "Give the collector a reference policy, or set kl to {type: none}.",
         ),
         (algorithm.needs_groups, rollout.group_ids, "group_ids", "Collect several rows per prompt or start state."),
+        (
+            isinstance(algorithm.advantages, GreedyBaseline),
+            rollout.baselines,
+            "baselines",
+            "Only a prompt collector scores greedy completions; with gymnasium use rloo or reinforce.",
+        ),
+        (
+            isinstance(algorithm.advantages, GroupRelativeParts),
+            rollout.reward_parts,
+            "reward_parts",
+            "Give a list of rewards, or use group_relative.",
+        ),
         (
             algorithm.rollout_correction is not None,
             rollout.sampling_log_probs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, assert_never
 
 import torch
@@ -16,11 +17,15 @@ from rlhf.core.algorithm import (
     ClippedValueLoss,
     ClippedWeight,
     DualClipped,
+    GeometricMean,
     KlInLoss,
     PolicyGradient,
+    ProbabilityMask,
+    SoftGate,
     SquaredValueLoss,
     Unclipped,
 )
+from rlhf.core.corrections import off_policy_rows
 from rlhf.core.kl import kl_estimate
 from rlhf.core.masking import masked_sum
 from rlhf.core.ratios import importance_ratio
@@ -65,6 +70,8 @@ class Objective:
             names.append("kl_to_ref")
         if algorithm.needs_critic:
             names.append("value_loss")
+        if algorithm.off_policy_threshold is not None:
+            names.append("off_policy_dropped")
         self.metric_names: tuple[str, ...] = tuple(names)
 
     def denominators(self, action_mask: Tensor) -> Tensor:
@@ -82,7 +89,13 @@ class Objective:
         return sums.policy / policy + sums.value / value
 
     def __call__(
-        self, output: PolicyOutput, experience: Experience, *, kl_coef: float = 0.0, clip_scale: float = 1.0
+        self,
+        output: PolicyOutput,
+        experience: Experience,
+        *,
+        kl_coef: float = 0.0,
+        clip_scale: float = 1.0,
+        entropy_coef: float | None = None,
     ) -> LossSums:
         """Sums of the losses and metrics of these rows.
 
@@ -91,6 +104,7 @@ class Objective:
             experience: Rows [B, T].
             kl_coef: Current coefficient of a KL term in the loss.
             clip_scale: Multiplies the clip ranges; schedules anneal it from 1 to 0.
+            entropy_coef: Current coefficient of the entropy bonus; None takes the algorithm's constant.
 
         Returns:
             Sums; only `policy` and `value` carry gradients.
@@ -101,23 +115,43 @@ class Objective:
         """
         _check_shapes(output, experience)
         mask, old_log_probs = experience.action_mask, experience.old_log_probs
+        experience = self._clip_advantages(experience)
         ratio = importance_ratio(output.log_probs, old_log_probs, mask, level=self.algorithm.ratio)
-        gain = self._gain(ratio, output.log_probs, experience.advantages, clip_scale)
+        gain = self._gain(ratio, output.log_probs, experience, clip_scale)
         if experience.weights is not None:
             gain = gain * experience.weights
-        losses = -gain
+        dropped = self._dropped(output.log_probs, experience)
+        losses = -gain if dropped is None else torch.where(dropped, 0.0, -gain)
         if isinstance(self.algorithm.kl, KlInLoss) and kl_coef != 0.0:
             losses = losses + kl_coef * self._kl(output.log_probs, experience)
-        if self.algorithm.entropy_coef != 0.0:
-            losses = losses - self.algorithm.entropy_coef * output.entropy
+        entropy_coef = self.algorithm.entropy_coef if entropy_coef is None else entropy_coef
+        if entropy_coef != 0.0:
+            losses = losses - entropy_coef * output.entropy
         value_losses = self._value_losses(output, experience, clip_scale)
         return LossSums(
             policy=aggregate(losses, mask, self.algorithm.aggregation),
             value=losses.new_zeros(()) if value_losses is None else self._value_sum(value_losses, mask),
-            metrics=self._metrics(output, experience, ratio, losses, value_losses, clip_scale),
+            metrics=self._metrics(output, experience, ratio, losses, value_losses, dropped, clip_scale),
         )
 
-    def _gain(self, ratio: Tensor, log_probs: Tensor, advantages: Tensor, clip_scale: float) -> Tensor:
+    def _clip_advantages(self, experience: Experience) -> Experience:
+        bound = self.algorithm.advantage_clip
+        if bound is None:
+            return experience
+        return replace(experience, advantages=experience.advantages.clamp(-bound, bound))
+
+    def _dropped(self, log_probs: Tensor, experience: Experience) -> Tensor | None:
+        """[B, T] bool, True where a stale row is left out; None where none ever is."""
+        threshold = self.algorithm.off_policy_threshold
+        if threshold is None:
+            return None
+        behaviour = present(experience.behaviour_log_probs)
+        stale = off_policy_rows(log_probs, behaviour, experience.action_mask, threshold=threshold)
+        return stale & (experience.advantages < 0)
+
+    def _gain(self, ratio: Tensor, log_probs: Tensor, experience: Experience, clip_scale: float) -> Tensor:
+        """[B, T] of the surrogate."""
+        advantages = experience.advantages
         if self._custom_surrogate is not None:
             return self._custom_surrogate(ratio, log_probs, advantages)
         match self.algorithm.surrogate:
@@ -133,6 +167,16 @@ class Objective:
                 )
             case ClippedWeight(clip_high=high):
                 return surrogates.clipped_weight(ratio, log_probs, advantages, clip_high=high * clip_scale)
+            case GeometricMean(clip_low=low, clip_high=high):
+                low, high, mask = low * clip_scale, high * clip_scale, experience.action_mask
+                return surrogates.geometric_mean(ratio, advantages, mask, clip_low=low, clip_high=high)
+            case ProbabilityMask(limit=limit):
+                old = experience.old_log_probs
+                return surrogates.probability_masked(ratio, log_probs, old, advantages, limit=limit * clip_scale)
+            case SoftGate(temperature_positive=positive, temperature_negative=negative):
+                return surrogates.soft_gate(
+                    ratio, advantages, temperature_positive=positive, temperature_negative=negative
+                )
             case _:
                 assert_never(self.algorithm.surrogate)
 
@@ -183,6 +227,7 @@ class Objective:
         ratio: Tensor,
         losses: Tensor,
         value_losses: Tensor | None,
+        dropped: Tensor | None,
         clip_scale: float,
     ) -> Tensor:
         """[M] sums over unmasked actions, in the order of `metric_names`."""
@@ -193,16 +238,19 @@ class Objective:
             ratio,
             torch.expm1(log_ratio) - log_ratio,  # k3 of KL(old || policy)
             -log_ratio,  # k1 of the same
-            self._is_clipped(ratio, experience.advantages, clip_scale),
+            self._is_clipped(ratio, output.log_probs, experience, clip_scale),
         ]
         if self.algorithm.needs_reference:
             columns.append(output.log_probs - present(experience.ref_log_probs))
         if value_losses is not None:
             columns.append(value_losses)
+        if dropped is not None:
+            columns.append(dropped.to(ratio.dtype))
         return torch.where(experience.action_mask, torch.stack(columns), 0.0).sum(dim=(1, 2))
 
-    def _is_clipped(self, ratio: Tensor, advantages: Tensor, clip_scale: float) -> Tensor:
+    def _is_clipped(self, ratio: Tensor, log_probs: Tensor, experience: Experience, clip_scale: float) -> Tensor:
         """1 where clipping takes the gradient away (or, for CISPO, caps the weight), else 0."""
+        advantages = experience.advantages
         match self.algorithm.surrogate:
             case Clipped(clip_low=low, clip_high=high) | DualClipped(clip_low=low, clip_high=high):
                 too_high = (ratio > 1 + high * clip_scale) & (advantages > 0)
@@ -213,6 +261,12 @@ class Objective:
                 return silenced.to(ratio.dtype)
             case ClippedWeight(clip_high=high):
                 return (ratio > 1 + high * clip_scale).to(ratio.dtype)
+            case GeometricMean(clip_low=low, clip_high=high):
+                too_high = (ratio.log() > high * clip_scale) & (advantages > 0)
+                return (too_high | ((ratio.log() < -low * clip_scale) & (advantages < 0))).to(ratio.dtype)
+            case ProbabilityMask(limit=limit):
+                moved = (log_probs.exp() - experience.old_log_probs.exp()) * advantages.sign()
+                return (moved > limit * clip_scale).to(ratio.dtype)
             case _:
                 return torch.zeros_like(ratio)
 

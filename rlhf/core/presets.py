@@ -1,4 +1,8 @@
-"""The named algorithms, as one table of data. Every row runs on CartPole and on a language model."""
+"""The named algorithms, as one table of data.
+
+Every row runs on a language model, and on CartPole unless it needs what only language models have:
+`AlgorithmConfig.language_only` says what that is.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,29 @@ from rlhf.config import merge_settings
 from rlhf.core.algorithm import (
     AdaptiveKl,
     AlgorithmConfig,
+    BestOfGroup,
     Clipped,
     ClippedValueLoss,
     ClippedWeight,
     FixedKl,
     FixedLength,
     Gae,
+    GeometricMean,
+    GreedyBaseline,
     GroupRelative,
+    GroupRelativeParts,
     KlInLoss,
     KlInReward,
     LeaveOneOut,
     PolicyGradient,
+    ProbabilityMask,
     RewardsToGo,
     SequenceMean,
     SequenceSum,
+    SoftGate,
     SquaredValueLoss,
     TokenMean,
+    TruncatedWeights,
     Unclipped,
 )
 
@@ -109,6 +120,90 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
     "cispo": AlgorithmConfig(
         advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
         surrogate=ClippedWeight(clip_high=4.0),
+    ),
+    # Zheng et al. 2025 (the paper of gspo), eq. 13: the row's ratio, each action's own gradient.
+    "gspo_token": AlgorithmConfig(
+        advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
+        ratio="sequence_geometric_mean_token",
+        surrogate=Clipped(clip_low=3e-4, clip_high=4e-4),
+        aggregation=SequenceMean(),
+        minibatches=4,
+    ),
+    # Zhao et al. 2025, https://arxiv.org/abs/2507.20673.
+    "gmpo": AlgorithmConfig(
+        advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
+        surrogate=GeometricMean(clip_low=0.4, clip_high=0.4),
+        aggregation=SequenceMean(),
+        minibatches=4,
+    ),
+    # https://arxiv.org/abs/2602.04879; the limit is prime-rl's.
+    "dppo": AlgorithmConfig(
+        advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
+        surrogate=ProbabilityMask(limit=0.2),
+        minibatches=4,
+    ),
+    # Gao et al. 2025, https://arxiv.org/abs/2511.20347.
+    "sapo": AlgorithmConfig(
+        advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
+        surrogate=SoftGate(temperature_positive=1.0, temperature_negative=1.05),
+        aggregation=SequenceMean(),
+        minibatches=4,
+    ),
+    # Hao et al. 2025, https://arxiv.org/abs/2505.23585: exactly on-policy, hence one step and no clipping.
+    "opo": AlgorithmConfig(
+        advantages=GroupRelative(baseline="length_weighted", scale="none"),
+        surrogate=PolicyGradient(),
+        aggregation=SequenceSum(),
+    ),
+    # Tajwar et al. 2026, https://arxiv.org/abs/2602.02710; for scores that are not negative.
+    "maxrl": AlgorithmConfig(
+        advantages=GroupRelative(scale="mean", epsilon=1e-6),
+        surrogate=PolicyGradient(),
+        aggregation=SequenceSum(),
+    ),
+    # Liu et al. 2025, https://arxiv.org/abs/2508.08221.
+    "lite_ppo": AlgorithmConfig(
+        advantages=GroupRelative(scale="batch_std", epsilon=1e-4),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+    ),
+    # Tang et al. 2025, https://arxiv.org/abs/2503.19595; surrogate as in grpo.
+    "grpo_pass_at_k": AlgorithmConfig(
+        advantages=BestOfGroup(), surrogate=Clipped(clip_low=0.2, clip_high=0.2), aggregation=SequenceMean()
+    ),
+    # Hu 2025 (the paper of reinforce++), with a group's mean as baseline and the KL in the loss, by k2.
+    "reinforce++_baseline": AlgorithmConfig(
+        advantages=GroupRelative(scale="none", standardize="batch"),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+        kl=KlInLoss(estimator="k2", against="reference", coefficient=FixedKl(value=0.01)),
+    ),
+    # Yue et al. 2025, https://arxiv.org/abs/2504.05118, without its likelihood term on correct samples.
+    "vapo": AlgorithmConfig(
+        advantages=Gae(discount=1.0, length_adaptive=0.05, critic_lambda=1.0, standardize="batch"),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.28),
+        value_loss=ClippedValueLoss(coefficient=0.5, clip_range=0.5),
+        minibatches=16,
+    ),
+    # Li et al. 2023, https://arxiv.org/abs/2310.10505; language models only.
+    "remax": AlgorithmConfig(
+        advantages=GreedyBaseline(),
+        surrogate=PolicyGradient(),
+        kl=KlInReward(estimator="k1", coefficient=FixedKl(value=0.05)),
+        aggregation=SequenceSum(),
+    ),
+    # https://arxiv.org/abs/2601.05242; language models with several rewards only.
+    "gdpo": AlgorithmConfig(
+        advantages=GroupRelativeParts(),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+        aggregation=SequenceMean(),
+    ),
+    # Hilton et al. 2021, https://arxiv.org/abs/2110.00641; AReaL, https://arxiv.org/abs/2505.24298: clipped around the
+    # trainer's old policy, weighted by its ratio to the engine that wrote the tokens; language models only.
+    "decoupled_ppo": AlgorithmConfig(
+        advantages=Gae(discount=1.0, gae_lambda=1.0, standardize="batch"),
+        surrogate=Clipped(clip_low=0.2, clip_high=0.2),
+        value_loss=ClippedValueLoss(coefficient=0.5, clip_range=0.2),
+        rollout_correction=TruncatedWeights(cap=5.0),
+        minibatches=4,
     ),
 }
 

@@ -13,7 +13,7 @@ from rlhf.core.masking import masked_mean, masked_sum
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before exp, so that no ratio overflows float32; e^20 is far beyond any clip range."""
 
-RatioLevel = Literal["token", "sequence_geometric_mean", "sequence_product"]
+RatioLevel = Literal["token", "sequence_geometric_mean", "sequence_geometric_mean_token", "sequence_product"]
 
 
 def importance_ratio(
@@ -26,6 +26,8 @@ def importance_ratio(
     """Importance ratio pi / pi_old, per action or one per row.
 
     token: `rho_t = pi(a_t) / pi_old(a_t)`. sequence_geometric_mean: `exp(mean_t log rho_t)` (GSPO).
+    sequence_geometric_mean_token: the same value, but at each action the gradient of its own log-prob
+    (GSPO-token, eq. 13 and 14).
     sequence_product: `prod_t rho_t`, the exact importance weight of the whole row. Row ratios are repeated along T,
     so that every surrogate and aggregation reads the same shape; their gradient reaches every action of the row, so
     that advantages which differ within a row act through their mean.
@@ -53,6 +55,9 @@ def importance_ratio(
             pass
         case "sequence_geometric_mean":
             log_ratio = masked_mean(log_ratio, mask, dim=1).unsqueeze(1).expand_as(log_ratio)
+        case "sequence_geometric_mean_token":
+            row = masked_mean(log_ratio, mask, dim=1).unsqueeze(1).detach()
+            log_ratio = row + log_ratio - log_ratio.detach()
         case "sequence_product":
             log_ratio = masked_sum(log_ratio, mask, dim=1).unsqueeze(1).expand_as(log_ratio)
         case _:

@@ -7,8 +7,10 @@ gradient. (For a row's ratio see `importance_ratio`.)
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from rlhf.core.masking import masked_mean
 
 
 def policy_gradient(log_probs: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -73,3 +75,78 @@ def clipped_weight(
     tensor([[-10.]])
     """
     return ratio.detach().clamp(max=1 + clip_high) * advantages * log_probs
+
+
+def geometric_mean(
+    ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, "B T"]:
+    """`exp(mean_t c_t) * A`, where c_t is log rho_t, clipped from the side on which it gains (GMPO).
+
+    For A > 0, `c_t = min(log rho_t, clip_high)`, else `max(log rho_t, -clip_low)`. One action's extreme ratio moves a
+    row of l actions by its l-th root only.
+    Source: Zhao et al. 2025, https://arxiv.org/abs/2507.20673, eq. 4 (clip range exp(-.4) to exp(.4)).
+
+    Args:
+        ratio: Of each action, > 0.
+        advantages: Of each action; one value per row in the paper.
+        mask: True where the action was the policy's own.
+        clip_low: In nats.
+        clip_high: In nats.
+
+    Returns:
+        [B, T], the row's ratio repeated.
+
+    >>> ratio = torch.tensor([[0.5, 9.0]])
+    >>> geometric_mean(ratio, torch.ones(1, 2), ratio > 0, clip_low=0.4, clip_high=0.6931472)
+    tensor([[1., 1.]])
+    """
+    log_ratio = ratio.log()
+    kept = torch.where(advantages > 0, log_ratio.clamp(max=clip_high), log_ratio.clamp(min=-clip_low))
+    return masked_mean(kept, mask, dim=1).unsqueeze(1).exp() * advantages
+
+
+def probability_masked(
+    ratio: Float[Tensor, "B T"],
+    log_probs: Float[Tensor, "B T"],
+    old_log_probs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    *,
+    limit: float,
+) -> Float[Tensor, "B T"]:
+    """`rho A`, and 0 where pi - pi_old has already moved by more than `limit` in A's direction (DPPO, binary TV).
+
+    A ratio of 1.3 is much for a probable action and nothing for a rare one; the difference of probabilities, the total
+    variation distance of "this action or another", treats them alike.
+    Source: https://arxiv.org/abs/2602.04879.
+
+    >>> old, new = torch.tensor([[0.5, 0.01]]), torch.tensor([[0.8, 0.1]])
+    >>> probability_masked(new / old, new.log(), old.log(), torch.ones(1, 2), limit=0.2)
+    tensor([[ 0., 10.]])
+    """
+    moved = (log_probs.exp() - old_log_probs.exp()).detach()
+    spent = torch.where(advantages > 0, moved > limit, (moved < -limit) & (advantages < 0))
+    return torch.where(spent, 0.0, ratio * advantages)
+
+
+def soft_gate(
+    ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    *,
+    temperature_positive: float,
+    temperature_negative: float,
+) -> Float[Tensor, "B T"]:
+    """`4 / tau * sigmoid(tau (rho - 1)) * A`: slope A at rho = 1, fading smoothly on both sides (SAPO).
+
+    tau is `temperature_positive` where A > 0, else `temperature_negative`.
+    Source: Gao et al. 2025, https://arxiv.org/abs/2511.20347, eq. 6.
+
+    >>> soft_gate(torch.tensor([[1.0]]), torch.tensor([[3.0]]), temperature_positive=2.0, temperature_negative=1.0)
+    tensor([[3.]])
+    """
+    tau = torch.where(advantages > 0, temperature_positive, temperature_negative)
+    return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages

@@ -64,6 +64,12 @@ class Rollout:
     """[B, T] log-probs as the generation engine reported them."""
     group_ids: Tensor | None = None
     """[B] int64; rows with one id answered the same prompt or started from the same state."""
+    baselines: Tensor | None = None
+    """[B] score of the greedy completion of the row's prompt."""
+    reward_parts: Tensor | None = None
+    """[B, P] what each part of a combined reward gave, before weighting; NaN where a part does not apply."""
+    part_weights: tuple[float, ...] = ()
+    """P factors of the parts."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Scalars for the log (for instance `rollout/score_mean`)."""
     samples: Sequence[Mapping[str, Any]] = ()
@@ -93,7 +99,9 @@ class Experience:
     old_values: Tensor | None = None
     ref_log_probs: Tensor | None = None
     weights: Tensor | None = None
-    """[B, T] detached importance weights that correct for the generation engine, or None."""
+    """[B, T] detached factors of the surrogate (a correction for the generation engine, discount^t), or None."""
+    behaviour_log_probs: Tensor | None = None
+    """[B, T] log-probs under what drew the actions, where rows that have drifted too far from it are left out."""
 
     def __post_init__(self) -> None:
         _check_rows(self)
@@ -142,8 +150,11 @@ def _check_rows(batch: Rollout | Experience) -> None:
         value = getattr(batch, item.name)
         if not isinstance(value, Tensor):
             continue
-        if item.name == "group_ids":
-            assert value.shape == (rows,), f"group_ids: shape {tuple(value.shape)}, expected ({rows},)"
+        if item.name in ("group_ids", "baselines"):
+            assert value.shape == (rows,), f"{item.name}: shape {tuple(value.shape)}, expected ({rows},)"
+        elif item.name == "reward_parts":
+            expected = (rows, len(batch.part_weights))  # pyright: ignore[reportAttributeAccessIssue]
+            assert value.shape == expected, f"reward_parts: shape {tuple(value.shape)}, expected {expected}"
         elif item.name == "actions":
             assert value.shape[:2] == (rows, steps), (
                 f"actions: shape {tuple(value.shape)}, expected ({rows}, {steps}, ...)"

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf.core.algorithm import AlgorithmConfig, FixedKl, KlInLoss
+from rlhf.core.entropy import EntropyCoefficient
 from rlhf.core.estimate import standardize_advantages
 from rlhf.core.masking import masked_sum
 from rlhf.core.objective import LossSums, Objective, SurrogateFunction
@@ -97,6 +98,7 @@ class Learner:
         refuse_dropout(policy)
         self.policy, self.algorithm, self.config = policy, algorithm, update
         self.objective = Objective(algorithm, surrogate=surrogate)
+        self.entropy_coef = EntropyCoefficient(algorithm.entropy_coef, algorithm.adaptive_entropy)
         self.reduce = make_reduce(self.accelerator)
         self.mixed = mixed
         self.updates = 0
@@ -155,6 +157,9 @@ class Learner:
         metrics = tally.metrics() | facts | {"learning_rate": rate, "kl_coef": kl_coef}
         if self.mixed is not None:
             metrics |= self.mixed.metrics()
+        if self.algorithm.adaptive_entropy is not None:
+            metrics["entropy_coef"] = self.entropy_coef.value
+            self.entropy_coef.update(metrics["entropy"])
         if _steers_by_kl_to_old(self.algorithm):
             after = self._kl_to_old_after(*last)
             metrics["kl_to_old_after"] = after
@@ -222,7 +227,8 @@ class Learner:
         for rows, is_last in _microbatches(own, minibatch, filler_from):
             with self._sync(is_last and not mixes):
                 output = self._model(rows.inputs, rows.actions)
-                sums = self.objective(output, rows, kl_coef=kl_coef, clip_scale=clip_scale)
+                entropy_coef = self.entropy_coef.value
+                sums = self.objective(output, rows, kl_coef=kl_coef, clip_scale=clip_scale, entropy_coef=entropy_coef)
                 learned = sums if self._only is None else sums._replace(policy=0.0 * sums.policy)
                 loss = self.objective.loss(learned, minibatch.denominators)
                 if self._averages:
@@ -311,6 +317,7 @@ class Learner:
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "updates": self.updates,
+            "entropy_coef": self.entropy_coef.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -323,6 +330,7 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
         self.updates = state["updates"]
+        self.entropy_coef.load_state_dict(state["entropy_coef"])
 
 
 def _on_device(experience: Experience, device: torch.device) -> Experience:

@@ -14,6 +14,7 @@ from classic_rl.evaluation import EvaluationConfig, evaluate
 from rlhf.core.algorithm import AlgorithmConfig, Gae, PolicyGradient, SquaredValueLoss
 from rlhf.core.estimate import estimate
 from rlhf.core.presets import ALGORITHMS
+from rlhf.errors import ConfigError
 from rlhf.training.learner import Learner
 from rlhf.training.update_config import UpdateConfig
 
@@ -62,7 +63,7 @@ def test_the_identity_is_learned(make, preset, kind):
     assert evaluate(policy, environment, EvaluationConfig(max_steps=100))["return_mean"] > 90
 
 
-@pytest.mark.parametrize("preset", sorted(ALGORITHMS))
+@pytest.mark.parametrize("preset", sorted(name for name, row in ALGORITHMS.items() if row.language_only is None))
 def test_every_preset_makes_a_step_on_every_kind_of_action(make, preset):
     algorithm = ALGORITHMS[preset].with_length(500)
     for identifier in ("CartPole-v1", "Pendulum-v1"):
@@ -74,9 +75,23 @@ def test_every_preset_makes_a_step_on_every_kind_of_action(make, preset):
         rollout = collector.collect()
         if identifier == "CartPole-v1":
             rollout.rewards[::2] *= 2  # equal lengths would give groups without contrast
+        if preset == "maxrl":
+            rollout.rewards.abs_()  # it refuses negative returns, which are no rate of success
         metrics = learner.update(estimate(rollout, algorithm, kl_coef=0.01), kl_coef=0.01)
         assert all(value == value for value in metrics.values()), "NaN"
         assert not torch.equal(before["actor.layers.0.weight"], policy.actor.layers[0].weight)
+
+
+@pytest.mark.parametrize(("preset", "what"), [("remax", "greedy"), ("gdpo", "parts"), ("decoupled_ppo", "engine")])
+def test_what_only_language_models_can_run_is_refused(make, preset, what):
+    with pytest.raises(ConfigError, match=rf"algorithm: the algorithm needs .*{what}.*only a language model"):
+        make("CartPole-v1", ALGORITHMS[preset], CollectEpisodes(group_size=2), num_envs=4)
+
+
+def test_state_weights_need_whole_episodes(make):
+    algorithm = ALGORITHMS["a2c"].model_copy(update={"discounted_state_weight": True})
+    with pytest.raises(ConfigError, match=r"discounted_state_weight.*collect: \{type: episodes\}"):
+        make("CartPole-v1", algorithm, CollectSteps(steps=8), num_envs=4)
 
 
 def test_collector_and_learner_resume_exactly(make, tmp_path):

@@ -33,7 +33,7 @@ def test_every_preset_has_a_cartpole_config():
     presets = {
         yaml.safe_load(path.read_text())["algorithm"]["preset"] for path in CONFIGS if path.stem.startswith("cartpole")
     }
-    assert presets == set(ALGORITHMS)
+    assert presets == {name for name, row in ALGORITHMS.items() if row.language_only is None}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

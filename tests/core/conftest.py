@@ -53,13 +53,16 @@ def _make_batch(seed: int, *, rows: int = 4, steps: int = 6, drift: float = 0.3,
         inputs={"row": torch.arange(rows)},
         actions=actions,
         action_mask=mask,
-        rewards=torch.where(last, normal(rows, steps), 0.0),
+        rewards=torch.where(last, normal(rows, steps).abs(), 0.0),  # maxrl refuses negative scores
         old_log_probs=old_log_probs,
         episode_ends=last,
         values=normal(rows, steps),
         ref_log_probs=old_log_probs + 0.2 * normal(rows, steps),
         sampling_log_probs=old_log_probs + 0.05 * normal(rows, steps),
         group_ids=torch.arange(rows) // 2,
+        baselines=normal(rows),
+        reward_parts=normal(rows, 2),
+        part_weights=(1.0, 0.5),
     )
     return Batch(rollout, old_logits + drift * normal(rows, steps, NUM_ACTIONS), normal(rows, steps))
 

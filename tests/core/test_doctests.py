@@ -6,8 +6,8 @@ import inspect
 
 import pytest
 
-FORMULAS = ["advantages", "aggregation", "corrections", "kl", "masking", "ratios", "surrogates", "values"]
-OTHERS = ["algorithm", "estimate", "objective", "presets", "types"]
+FORMULAS = ["advantages", "aggregation", "corrections", "groups", "kl", "masking", "ratios", "surrogates", "values"]
+OTHERS = ["advantage_axis", "algorithm", "entropy", "estimate", "objective", "presets", "surrogate_axis", "types"]
 
 
 @pytest.mark.parametrize("name", FORMULAS + OTHERS)

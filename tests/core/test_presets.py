@@ -1,4 +1,4 @@
-"""The table of DESIGN section 5, row by row, as literals."""
+"""The table of algorithms, row by row, as literals."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from rlhf.errors import ConfigError
 
 CLIP_20 = {"type": "clipped", "clip_low": 0.2, "clip_high": 0.2}
 PLAIN = {"type": "policy_gradient"}
-GROUP_STD = {"type": "group_relative", "scale": "sample_std", "epsilon": 1e-4}
+GROUP_STD = {
+    "type": "group_relative",
+    "baseline": "mean",
+    "scale": "sample_std",
+    "epsilon": 1e-4,
+    "standardize": "none",
+}
 NO_KL = {"type": "none"}
 
 
-def gae(discount, gae_lambda, standardize):
-    return {"type": "gae", "discount": discount, "gae_lambda": gae_lambda, "standardize": standardize}
+def gae(discount, gae_lambda, standardize, *, length_adaptive=None, critic_lambda=None):
+    lambdas = {"gae_lambda": gae_lambda, "length_adaptive": length_adaptive, "critic_lambda": critic_lambda}
+    return {"type": "gae", "discount": discount, "standardize": standardize, **lambdas}
 
 
 def to_go(discount, standardize):
@@ -81,6 +88,87 @@ TABLE = {
     ),
     # ScaleRL's cap: a weight of at most 5 = 1 + 4.
     "cispo": (GROUP_STD, "token", {"type": "clipped_weight", "clip_high": 4.0}, NO_KL, "token_mean", None, 1, 1),
+    "gspo_token": (
+        GROUP_STD,
+        "sequence_geometric_mean_token",
+        {"type": "clipped", "clip_low": 3e-4, "clip_high": 4e-4},
+        NO_KL,
+        "sequence_mean",
+        None,
+        1,
+        4,
+    ),
+    "gmpo": (
+        GROUP_STD,
+        "token",
+        {"type": "geometric_mean", "clip_low": 0.4, "clip_high": 0.4},
+        NO_KL,
+        "sequence_mean",
+        None,
+        1,
+        4,
+    ),
+    "dppo": (GROUP_STD, "token", {"type": "probability_mask", "limit": 0.2}, NO_KL, "token_mean", None, 1, 4),
+    "sapo": (
+        GROUP_STD,
+        "token",
+        {"type": "soft_gate", "temperature_positive": 1.0, "temperature_negative": 1.05},
+        NO_KL,
+        "sequence_mean",
+        None,
+        1,
+        4,
+    ),
+    "opo": (
+        GROUP_STD | {"baseline": "length_weighted", "scale": "none"},
+        "token",
+        PLAIN,
+        NO_KL,
+        "sequence_sum",
+        None,
+        1,
+        1,
+    ),
+    "maxrl": (GROUP_STD | {"scale": "mean", "epsilon": 1e-6}, "token", PLAIN, NO_KL, "sequence_sum", None, 1, 1),
+    "lite_ppo": (GROUP_STD | {"scale": "batch_std"}, "token", CLIP_20, NO_KL, "token_mean", None, 1, 1),
+    "grpo_pass_at_k": ({"type": "best_of_group"}, "token", CLIP_20, NO_KL, "sequence_mean", None, 1, 1),
+    "reinforce++_baseline": (
+        GROUP_STD | {"scale": "none", "standardize": "batch"},
+        "token",
+        CLIP_20,
+        {
+            "type": "in_loss",
+            "estimator": "k2",
+            "against": "reference",
+            "coefficient": {"type": "fixed", "value": 0.01},
+        },
+        "token_mean",
+        None,
+        1,
+        1,
+    ),
+    "vapo": (
+        gae(1.0, 0.95, "batch", length_adaptive=0.05, critic_lambda=1.0),
+        "token",
+        CLIP_20 | {"clip_high": 0.28},
+        NO_KL,
+        "token_mean",
+        "clipped",
+        1,
+        16,
+    ),
+    "remax": ({"type": "greedy_baseline"}, "token", PLAIN, k1_in_reward(0.05), "sequence_sum", None, 1, 1),
+    "gdpo": (
+        {"type": "group_relative_parts", "epsilon": 1e-4},
+        "token",
+        CLIP_20,
+        NO_KL,
+        "sequence_mean",
+        None,
+        1,
+        1,
+    ),
+    "decoupled_ppo": (gae(1.0, 1.0, "batch"), "token", CLIP_20, NO_KL, "token_mean", "clipped", 1, 4),
 }
 
 
@@ -100,13 +188,25 @@ def test_a_preset_is_its_row_of_the_table(name):
     assert (row["value_loss"] or {}).get("type") == value_loss
     assert (row["epochs"], row["minibatches"]) == (epochs, minibatches)
     assert row["entropy_coef"] == 0.0
-    assert row["rollout_correction"] is None
+    correction = {"type": "truncated", "cap": 5.0, "level": "token"} if name == "decoupled_ppo" else None
+    assert row["rollout_correction"] == correction
+    assert (row["off_policy_threshold"], row["advantage_clip"], row["adaptive_entropy"]) == (None, None, None)
+    assert not row["whiten_rewards"]
+    assert not row["discounted_state_weight"]
+
+
+def test_the_rows_that_only_language_models_can_run_say_why():
+    reasons = {name: row.language_only for name, row in ALGORITHMS.items() if row.language_only}
+    assert set(reasons) == {"remax", "gdpo", "decoupled_ppo"}
+    assert "greedy" in reasons["remax"]
+    assert "parts" in reasons["gdpo"]
+    assert "engine" in reasons["decoupled_ppo"]
 
 
 def test_value_loss_coefficients():
     # .5 beside a shared or small network; .1 in RLHF (SPEC section 1).
     coefficients = {name: row.value_loss.coefficient for name, row in ALGORITHMS.items() if row.value_loss}
-    assert coefficients == {"a2c": 0.5, "ppo": 0.5, "ppo_kl": 0.5, "ppo_rlhf": 0.1}
+    assert coefficients == {"a2c": 0.5, "ppo": 0.5, "ppo_kl": 0.5, "ppo_rlhf": 0.1, "vapo": 0.5, "decoupled_ppo": 0.5}
     assert ALGORITHMS["ppo"].value_loss.clip_range == ALGORITHMS["ppo_rlhf"].value_loss.clip_range == 0.2
 
 

@@ -33,6 +33,12 @@ for _estimator in ("k1", "k2", "k3"):
 PRESETS["exact row weight"] = AlgorithmConfig(
     advantages=LeaveOneOut(), ratio="sequence_product", aggregation={"type": "sequence_mean"}
 )
+PRESETS["grpo, stale rows left out, advantages clipped"] = PRESETS["grpo"].model_copy(
+    update={"off_policy_threshold": 0.01, "advantage_clip": 0.5}
+)
+PRESETS["ppo_rlhf, rewards whitened, discount^t"] = PRESETS["ppo_rlhf"].model_copy(
+    update={"whiten_rewards": True, "discounted_state_weight": True}
+)
 KL_COEF = 0.3
 every_preset = pytest.mark.parametrize("name", list(PRESETS))
 
@@ -165,7 +171,7 @@ def test_no_nan_or_inf_for_log_ratios_up_to_50(name, log_ratios, to_reference, a
         old_log_probs=old,
         ref_log_probs=(old + drift - distance),
         sampling_log_probs=old - distance,
-        rewards=torch.where(batch.rollout.action_mask, advantage, 0.0),
+        rewards=torch.where(batch.rollout.action_mask, abs(advantage) if "maxrl" in name else advantage, 0.0),
     )
     experience = credited(rollout, algorithm)
     log_probs, values = (old + drift).requires_grad_(), batch.values.clone().requires_grad_()
@@ -185,7 +191,8 @@ def test_equal_scores_leave_the_policy_where_it_is(name, make_batch):
     """For group presets without a KL term: no score is better than another, so there is nothing to learn."""
     algorithm = PRESETS[name].model_copy(update={"kl": ALGORITHMS["dapo"].kl, "entropy_coef": 0.0})
     batch = make_batch(0)
-    rollout = replace(batch.rollout, rewards=torch.where(batch.rollout.episode_ends, 0.1, 0.0).double())
+    rewards = torch.where(batch.rollout.episode_ends, 0.1, 0.0).double()
+    rollout = replace(batch.rollout, rewards=rewards, reward_parts=torch.tensor([[0.1, 7.0]] * 4).double())
     _, experience, _, gradients = loss_and_gradients(batch, algorithm, rollout=rollout)
     assert (experience.advantages == 0).all()
     assert (gradients[0] == 0).all()
@@ -210,7 +217,9 @@ def test_each_preset_learns_a_bandit(make_batch):
                 ref_log_probs=old,
                 sampling_log_probs=old,
                 values=torch.zeros(64, 1, dtype=torch.float64),
-                group_ids=torch.arange(64) // 8,
+                group_ids=torch.arange(64) // (2 if name == "grpo_pass_at_k" else 8),
+                baselines=log_probs.exp()[1].expand(64),
+                reward_parts=torch.cat([(actions == 1).double(), (actions != 0).double()], dim=1),
             )
             experience = credited(rollout, algorithm)
             objective = Objective(algorithm)
