@@ -8,16 +8,17 @@ episode with reward 0. So V(s') of a truncated step needs nothing special, and t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from classic_rl.distributions import make_distribution
+from classic_rl.randomization import DomainRandomization, RandomizationConfig
 from classic_rl.spaces import flatten_observations, is_image, observation_size
 from rlhf.config import Config
 from rlhf.errors import ConfigError
@@ -33,9 +34,11 @@ class EnvironmentConfig(Config):
     kwargs: dict[str, Any] = {}
     """Passed to the environment; `render_mode` is refused (it slows some environments two to three times)."""
     vectorization: Literal["auto", "vector_entry_point", "sync", "async"] = "auto"
-    """auto takes the environment's own vector form where it has one (CartPole), one loop in this process otherwise. That
-    form draws all initial states from one generator: several processes start other episodes than one process does; with
-    sync every environment has its own seed, and any number of processes gives the same run."""
+    """auto takes the environment's own vector form where it has one (CartPole), one loop in this process otherwise. The
+    vector form draws all initial states from one generator: several processes start other episodes than one process
+    does. With sync every environment has its own seed, and any number of processes gives the same run."""
+    randomization: RandomizationConfig | None = None
+    """Physics, noise and delay drawn per episode; the environments are then stepped one by one (sync or async)."""
     normalize_observations: bool = False
     """Subtract the running mean, divide by the running standard deviation."""
     clip_observations: float = Field(10.0, gt=0)
@@ -44,6 +47,12 @@ class EnvironmentConfig(Config):
     """Divide by the running standard deviation of the discounted return."""
     clip_rewards: float = Field(10.0, gt=0)
     """Bound of a normalized reward; unused without normalize_rewards."""
+
+    @model_validator(mode="after")
+    def _randomize_one_by_one(self) -> Self:
+        if self.randomization is not None and self.vectorization == "vector_entry_point":
+            raise ValueError("an environment's own vector form cannot be randomized; set vectorization to sync")
+        return self
 
     @field_validator("kwargs")
     @classmethod
@@ -68,11 +77,16 @@ def make_environments(config: EnvironmentConfig, *, num_envs: int | None = None,
         ConfigError: Unknown or outdated id, a missing extra, bad kwargs, another autoreset, an unsupported space.
     """
     where = "environment.id"
-    mode = None if config.vectorization == "auto" else config.vectorization
     try:
         environments = gymnasium.make_vec(
-            config.id, num_envs=num_envs or config.num_envs, vectorization_mode=mode, **config.kwargs
+            config.id,
+            num_envs=num_envs or config.num_envs,
+            vectorization_mode=_vectorization(config),
+            wrappers=_wrappers(config),
+            **config.kwargs,
         )
+    except ConfigError:
+        raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise ConfigError(
             f"the environment needs a package that is missing: {error}", where=where, got=config.id
@@ -96,6 +110,18 @@ def make_environments(config: EnvironmentConfig, *, num_envs: int | None = None,
         observation_size(environments.single_observation_space)
     make_distribution(environments.single_action_space)
     return environments
+
+
+def _vectorization(config: EnvironmentConfig) -> str | None:
+    """Return gymnasium's name of the mode; None lets it choose. Its own vector forms take no wrappers."""
+    if config.vectorization == "auto":
+        return None if config.randomization is None else "sync"
+    return config.vectorization
+
+
+def _wrappers(config: EnvironmentConfig) -> list[Callable[[gymnasium.Env], gymnasium.Wrapper]] | None:
+    randomization = config.randomization
+    return None if randomization is None else [lambda environment: DomainRandomization(environment, randomization)]
 
 
 def _nearest_ids(identifier: str) -> str:

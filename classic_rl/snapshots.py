@@ -18,7 +18,18 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
-_STATELESS = (gymnasium.Space, EnvSpec, types.ModuleType, types.FunctionType, types.MethodType, type, gymnasium.Env)
+from rlhf.config import Config
+
+_STATELESS = (
+    gymnasium.Space,
+    EnvSpec,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    type,
+    gymnasium.Env,
+    Config,
+)
 """Attributes of these types are made again by the constructor."""
 
 _FOREIGN = object()
