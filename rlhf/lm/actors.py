@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.core.algorithm import AlgorithmConfig
 from rlhf.data.tokenization import end_token_ids, require_special_tokens
-from rlhf.errors import ConfigError, ModelError
+from rlhf.errors import ConfigError
 from rlhf.lm.collector_config import CollectorConfig
+from rlhf.lm.critic import make_critic
 from rlhf.lm.generation import TransformersGenerator
 from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm, load_tokenizer
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.reference import FrozenReference
 from rlhf.lm.sft import SftConfig, train_sft
 from rlhf.lm.sources import SourceConfig, load_demonstration_sets
+from rlhf.rewards.combination import CombinedReward
 from rlhf.training.distributed import on_main_process_first_failing
 from rlhf.training.run import Run
 
@@ -48,6 +49,7 @@ def make_actors(
     temperature: float,
     critic: str = "head",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    keep_reference: bool = False,
     accelerator: Accelerator,
 ) -> Actors:
     """Load the policy and what the algorithm needs beside it.
@@ -56,9 +58,9 @@ def make_actors(
         model: The policy's model.
         algorithm: Decides whether there is a critic and a reference.
         temperature: At which completions are drawn and scored.
-        critic: `head` (on the policy's hidden states), `copy` (a second model that starts as the policy's), or the
-            folder of a reward model or language model to start from. Not read where the algorithm needs no critic.
+        critic: Where it starts, as in `CriticConfig`. Not read where the algorithm needs no critic.
         tokenizer: None loads the model's own.
+        keep_reference: Measure the KL to the start also where the algorithm does not use it.
         accelerator: Whose device is used.
 
     Raises:
@@ -67,19 +69,36 @@ def make_actors(
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
     require_special_tokens(tokenizer)
     language_model: Any = load_causal_lm(model, tokenizer)
-    policy = LanguageModelPolicy(
-        language_model,
-        critic=_make_critic(critic, model, tokenizer) if algorithm.needs_critic else "none",
-        temperature=temperature,
-    ).to(accelerator.device)
+    critic_model: Any = "none"
+    if algorithm.needs_critic:
+        critic_model = make_critic(critic, policy_model=language_model, model=model, tokenizer=tokenizer)
+    policy = LanguageModelPolicy(language_model, critic=critic_model, temperature=temperature).to(accelerator.device)
     for module in policy.modules():
         # The policy keeps its models in eval mode anyway; the learner asks for the probabilities themselves.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     generator = make_generator(language_model, tokenizer)
     # Made before the first update: it is the policy as it is now.
-    reference = FrozenReference(policy).to(accelerator.device) if algorithm.needs_reference else None
+    needs_reference = algorithm.needs_reference or keep_reference
+    reference = FrozenReference(policy).to(accelerator.device) if needs_reference else None
     return Actors(policy=policy, tokenizer=tokenizer, generator=generator, reference=reference)
+
+
+def share_backbone(reward: Any, policy: LanguageModelPolicy) -> None:
+    """Let rewards that are adapters on the policy's backbone have it.
+
+    Args:
+        reward: A reward function, or a combination whose `parts` hold some. One that offers `attach(model)` gets the
+            policy's model.
+        policy: The policy.
+
+    Raises:
+        ModelError: The adapter does not fit the policy's model.
+    """
+    functions = [part.reward for part in reward.parts] if isinstance(reward, CombinedReward) else [reward]
+    for function in functions:
+        if hasattr(function, "attach"):
+            function.attach(policy.model)  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
 
 
 def make_generator(model: Any, tokenizer: PreTrainedTokenizerBase) -> TransformersGenerator:
@@ -150,20 +169,3 @@ def require_groups(algorithm: AlgorithmConfig, collector: CollectorConfig) -> No
             got=collector.group_size,
             expected="2 or more; 8 is usual",
         )
-
-
-def _make_critic(critic: str, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What `LanguageModelPolicy` takes as its critic."""
-    if critic == "head":
-        return "head"
-    if critic == "copy":
-        return load_causal_lm(model.model_copy(update={"lora": None}), tokenizer)
-    path = Path(critic)
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            "no such critic", where=critic, expected="head, copy, or the folder of a reward model or language model"
-        )
-    architectures = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    if architectures[0].endswith("ForSequenceClassification"):
-        return AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
-    return load_causal_lm(ModelConfig(path=critic, dtype=model.dtype), tokenizer)

@@ -84,7 +84,7 @@ def add_critic_adapter(model: Any, *, settings: Any = None, weights: Mapping[str
         ModelError: The model has no adapters or checkpoints its activations, or the weights do not fit.
     """
     require_adapters(model, where="critic")
-    if unwrap_adapters(model).is_gradient_checkpointing:
+    if unwrap_adapters(model).is_activation_checkpointing:
         # The layers would be recomputed in backward, after the switch went back to the policy's adapter.
         raise ModelError(
             "gradient checkpointing would recompute the critic's layers with the policy's adapter",

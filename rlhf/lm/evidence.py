@@ -1,0 +1,176 @@
+"""What the step-0 doctor looks at: numbers about the first rollout, over all processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.core.types import Experience, Rollout
+from rlhf.data.tokenization import end_token_ids
+from rlhf.lm.collector import PromptCollector, last_position
+from rlhf.training.distributed import gather_objects
+from rlhf.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Absolute differences of log-probs over actions, nats."""
+
+    mean: float
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Facts about the first rollout and those who made it."""
+
+    ratio: Difference
+    """Learner's forward against old log-probs."""
+    kl: Difference | None
+    """Old log-probs against the reference's; None without one."""
+    mismatch: Difference
+    """Generator's log-probs against old ones."""
+    is_random: bool
+    """Whether two forwards over the same rows differ."""
+    is_bfloat16: bool
+    """Whether weights or forwards are bfloat16."""
+    old_is_sampled: bool
+    """Whether old log-probs are the generator's own."""
+    reference_uses_adapters: bool
+    full_support: bool
+    """Whether every token can be sampled."""
+    corrects_mismatch: bool
+    """Whether importance weights correct for the generator."""
+    scores: list[float]
+    """Rewards of all completions."""
+    uniform_groups: float | None
+    """Share of groups of equal rewards; None without groups."""
+    needs_groups: bool
+    finite_advantages: bool
+    cut: float
+    """Share of completions cut at the limit."""
+    limit: int
+    end_in_vocabulary: bool
+    end_log_prob: float
+    """Greatest log-prob of an end token at the looked-at positions."""
+    entropy: float | None
+    """Nats per token."""
+
+    @property
+    def unscored(self) -> int:
+        """Completions whose reward is not finite."""
+        return sum(not math.isfinite(score) for score in self.scores)
+
+    @property
+    def score_mean(self) -> float:
+        """Mean reward."""
+        return sum(self.scores) / len(self.scores)
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        """Lowest and highest reward."""
+        return min(self.scores), max(self.scores)
+
+
+@torch.no_grad()
+def gather_evidence(
+    rollout: Rollout, experience: Experience, *, learner: Learner, collector: PromptCollector, rows: int
+) -> Evidence:
+    """Measure what `examine` judges; every process takes part and gets the same.
+
+    Args:
+        rollout: The first one, of this process.
+        experience: What `estimate` made of it.
+        learner: Whose forward counts.
+        collector: Who made the rollout.
+        rows: How many completions a process scores again.
+    """
+    mask = rollout.action_mask
+    old, policy, settings = rollout.old_log_probs, learner.policy, collector.config
+    again, is_random = _score_again(learner, rollout, rows, tokens=settings.measure_tokens)
+    sampled = rollout.sampling_log_probs if rollout.sampling_log_probs is not None else old
+    local = {
+        "ratio": _moments(again - old[: len(again)], mask[: len(again)]),
+        "kl": None if rollout.ref_log_probs is None else _moments(old - rollout.ref_log_probs, mask),
+        "mismatch": _moments(sampled - old, mask),
+        "random": is_random,
+        "scores": rollout.scores.tolist(),
+        "groups": [] if rollout.group_ids is None else rollout.group_ids.tolist(),
+        "finite": bool(experience.advantages[mask].isfinite().all()),
+        "end": _end_log_prob(rollout, collector, rows=len(again)),
+    }
+    parts = gather_objects(learner.accelerator, local)
+    scores = [score for part in parts for score in part["scores"]]
+    groups = [group for part in parts for group in part["groups"]]
+    ends = [part["end"] for part in parts]
+    return Evidence(
+        ratio=_difference([part["ratio"] for part in parts]),
+        kl=None if local["kl"] is None else _difference([part["kl"] for part in parts]),
+        mismatch=_difference([part["mismatch"] for part in parts]),
+        is_random=any(part["random"] for part in parts),
+        is_bfloat16=learner.accelerator.mixed_precision == "bf16"
+        or any(parameter.dtype == torch.bfloat16 for parameter in policy.parameters()),
+        old_is_sampled=settings.old_log_probs == "sampling",
+        reference_uses_adapters=collector.reference is not None and collector.reference.uses_adapters,
+        full_support=settings.sampling.full_support,
+        corrects_mismatch=learner.algorithm.rollout_correction is not None,
+        scores=scores,
+        uniform_groups=_uniform_share(scores, groups) if settings.group_size > 1 else None,
+        needs_groups=learner.algorithm.needs_groups,
+        finite_advantages=all(part["finite"] for part in parts),
+        cut=rollout.metrics.get("rollout/truncated_fraction", 0.0),
+        limit=settings.sampling.max_completion_length,
+        end_in_vocabulary=None not in ends,
+        end_log_prob=max((end for end in ends if end is not None), default=-math.inf),
+        entropy=rollout.metrics.get("rollout/entropy"),
+    )
+
+
+def _score_again(learner: Learner, rollout: Rollout, rows: int, *, tokens: int) -> tuple[Tensor, bool]:
+    """[n, T] log-probs as the learner computes them in an update, and whether a second look gives others."""
+    longest = sum(rollout.inputs[name].shape[1] for name in ("prompt_mask", "completion_mask"))
+    count = min(rows, len(rollout.actions), max(1, tokens // longest))
+    inputs = {name: tensor[:count] for name, tensor in rollout.inputs.items()}
+    first, second = (learner.score(inputs, rollout.actions[:count]).log_probs for _ in range(2))
+    return first, not torch.equal(first, second)
+
+
+def _end_log_prob(rollout: Rollout, collector: PromptCollector, *, rows: int) -> float | None:
+    """Greatest log-prob of an end token in the place of the first or the last action; None outside the vocabulary."""
+    policy = collector.policy
+    known = policy.model.config.get_text_config().vocab_size  # pyright: ignore[reportAttributeAccessIssue]
+    ends = [token for token in end_token_ids(collector.tokenizer) if token < known]
+    if not ends:
+        return None
+    mask = rollout.inputs["completion_mask"][:rows]
+    best = -math.inf
+    for places in (torch.arange(mask.shape[1], device=mask.device).eq(0) & mask, last_position(mask)):
+        until = places.flip(1).cumsum(1).flip(1).bool() & mask  # the place and all before it
+        inputs = {name: tensor[:rows] for name, tensor in rollout.inputs.items()} | {"completion_mask": until}
+        for token in ends:
+            actions = rollout.actions[:rows].masked_fill(places, token)
+            best = max(best, policy.action_log_probs(inputs, actions)[places].max().item())
+    return best
+
+
+def _moments(difference: Tensor, mask: Tensor) -> tuple[float, float, float]:
+    """Count, sum and maximum of |difference|."""
+    values = difference[mask].abs().double()
+    return float(len(values)), values.sum().item(), values.max().item() if len(values) else 0.0
+
+
+def _difference(moments: list[tuple[float, float, float]]) -> Difference:
+    count = sum(part[0] for part in moments)
+    return Difference(mean=sum(part[1] for part in moments) / max(1.0, count), largest=max(part[2] for part in moments))
+
+
+def _uniform_share(scores: list[float], groups: list[int]) -> float | None:
+    """Share of groups of at least two whose scores are all equal."""
+    members: dict[int, list[float]] = {}
+    for group, score in zip(groups, scores, strict=True):
+        members.setdefault(group, []).append(score)
+    several = [own for own in members.values() if len(own) > 1]
+    return sum(min(own) == max(own) for own in several) / len(several) if several else None
