@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from classic_rl.ddpg import DDPG, DDPGConfig
+from classic_rl.discrete_sac import DiscreteSAC, DiscreteSACConfig
 from classic_rl.dqn import DQN
 from classic_rl.dqn_config import DQNConfig
 from classic_rl.environments import EnvironmentConfig, make_environments
 from classic_rl.off_policy import OffPolicySchedule, action_masks_of, start
+from classic_rl.sac import SAC, SACConfig
+from classic_rl.td3 import TD3, TD3Config
+from rlhf.errors import ConfigError
 
-AgentConfig = DQNConfig
+AgentConfig = Annotated[DQNConfig | DDPGConfig | TD3Config | SACConfig | DiscreteSACConfig, Field(discriminator="type")]
 """Settings of any off-policy agent: a union by `type`."""
 
 
@@ -35,6 +42,24 @@ def make_agent(config: AgentConfig, *, environment: EnvironmentConfig, schedule:
             "schedule": schedule,
             "seed": seed,
         }
-        return DQN(config, action_masks=action_masks_of(probe, infos) is not None, **shared)
+        masked = action_masks_of(probe, infos) is not None
+        match config:
+            case DQNConfig():
+                return DQN(config, action_masks=masked, **shared)
+            case _ if masked:
+                raise ConfigError(
+                    "the environment tells which actions are valid, and this agent cannot read it",
+                    where="agent.type",
+                    got=config.type,
+                    expected="dqn",
+                )
+            case DDPGConfig():
+                return DDPG(config, **shared)
+            case TD3Config():
+                return TD3(config, **shared)
+            case SACConfig():
+                return SAC(config, **shared)
+            case DiscreteSACConfig():
+                return DiscreteSAC(config, **shared)
     finally:
         probe.close()

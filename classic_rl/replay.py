@@ -184,6 +184,10 @@ class ReplayBuffer:
             self._count -= int(np.count_nonzero(self._valid[self._head]))
         self._valid[self._head] = False
 
+    def starts(self) -> np.ndarray:
+        """[N] bool, True where the next step begins an episode: the newest one only reset, or nothing is stored."""
+        return ~self._valid[self._head - 1]
+
     def cut(self) -> None:
         """End every running episode as truncated: the environments were reset, and the next step starts elsewhere."""
         if not self._continues:

@@ -20,7 +20,7 @@ from classic_rl.spaces import flatten_observations, space_from_json, space_to_js
 from rlhf.errors import ModelError
 
 _FORMAT = 1
-_AGENTS = {"dqn": "classic_rl.dqn"}
+_AGENTS = {name: f"classic_rl.{name}" for name in ("dqn", "ddpg", "td3", "sac", "discrete_sac")}
 """Where the off-policy agents live; each module has `load_policy(description, tensors)`."""
 
 

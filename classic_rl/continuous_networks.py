@@ -1,0 +1,189 @@
+"""Networks of the off-policy agents: stacks of equal multilayer perceptrons, with forward and backward passes by hand.
+
+A stack computes E networks of one shape in one batched product per layer: twin critics are a stack of two, an actor a
+stack of one. `classic_rl.optimization.FlatNetwork` makes their parameters one flat tensor, so that Adam and the
+target's moving average are one operation each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from classic_rl.networks import Activation
+from rlhf.config import Config
+
+
+class ContinuousNetworkConfig(Config):
+    """Shape of the actor and of each critic; they share no layer."""
+
+    hidden_sizes: list[int] = Field(default=[256, 256], min_length=1)
+    """Width of each hidden layer."""
+    activation: Activation = "relu"
+    """Between the layers."""
+
+    def make(self, inputs: int, outputs: int, *, members: int = 1, seed: int) -> StackedMLP:
+        """Build networks of this shape."""
+        return StackedMLP(
+            [inputs, *self.hidden_sizes, outputs],
+            members=members,
+            activation=self.activation,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+
+class StackedMLP(nn.Module):
+    """E multilayer perceptrons of one shape, computed together.
+
+    Weights and biases start uniform in +-1/sqrt(inputs), torch's default for linear layers, which the published results
+    of DDPG, TD3 and SAC in PyTorch rest on (Stable-Baselines3, CleanRL, Spinning Up).
+
+    Args:
+        sizes: Inputs, hidden widths, outputs.
+        members: E.
+        activation: Between the layers.
+        generator: Draws the initial weights; None uses torch's global one.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        members: int = 1,
+        activation: Activation = "relu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.sizes, self.members, self.activation = list(sizes), members, activation
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for inputs, outputs in pairwise(sizes):
+            bound = 1 / math.sqrt(inputs)
+            for parameters, rows in ((self.weights, inputs), (self.biases, 1)):
+                start = torch.empty(members, rows, outputs).uniform_(-bound, bound, generator=generator)
+                parameters.append(nn.Parameter(start))
+
+    def forward(self, *parts: Tensor, frozen: bool = False, first: bool = False) -> Tensor:
+        """Map [B, inputs] to [E, B, outputs].
+
+        Args:
+            parts: The inputs, in pieces [B, ...] that are joined along the last axis; every member reads the same. Only
+                pieces that need a gradient get one: a critic's actions, not its observations.
+            frozen: True leaves the parameters out of the gradient.
+            first: True computes the first member only, E = 1.
+        """
+        return _Stack.apply(self.activation, len(parts), *parts, *self._parameters_in_order(frozen, first))[0]
+
+    def with_features(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs [E, B, outputs] and the last hidden layer [E, B, H]; both carry gradients."""
+        return _Stack.apply(self.activation, len(parts), *parts, *self._parameters_in_order(False, False))
+
+    def _parameters_in_order(self, frozen: bool, first: bool) -> list[Tensor]:
+        """Weight, bias, weight, bias, ..."""
+        parameters: list[Tensor] = [part for pair in zip(self.weights, self.biases, strict=True) for part in pair]
+        if frozen:
+            parameters = [parameter.detach() for parameter in parameters]
+        return [parameter[:1] for parameter in parameters] if first else parameters
+
+
+class _Stack(torch.autograd.Function):
+    """A whole `StackedMLP` as one node of autograd: h_i = f(h_{i-1} W_i + b_i), and its chain rule by hand.
+
+    Beside the large products, most of an update's time is autograd's bookkeeping and products with a single column,
+    which a matrix library does ten times slower than a weighted sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: Activation, num_parts: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """`tensors` are the parts, then weight, bias, weight, bias, ...; returns outputs and the last hidden layer."""
+        parts, weights, biases = tensors[:num_parts], tensors[num_parts::2], tensors[num_parts + 1 :: 2]
+        x = parts[0] if num_parts == 1 else torch.cat(parts, dim=-1)
+        hidden = [x.expand(weights[0].shape[0], *x.shape)]
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            h = torch.baddbmm(bias, hidden[-1], weight)
+            hidden.append(h.relu_() if activation == "relu" else h.tanh_())
+        ctx.activation, ctx.widths = activation, [part.shape[-1] for part in parts]
+        ctx.save_for_backward(*hidden, *weights)
+        ctx.set_materialize_grads(False)
+        return _times(hidden[-1], weights[-1]).add_(biases[-1]), hidden[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, of_features: Tensor | None) -> tuple[Tensor | None, ...]:
+        """dW_i = h_{i-1}^T g_i, db_i = sum of g_i, g_{i-1} = (g_i W_i^T) f'; relu' = [h > 0], tanh' = 1 - h^2."""
+        layers = len(ctx.saved_tensors) // 2
+        hidden, weights = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        first = 2 + len(ctx.widths)
+        gradients: list[Tensor | None] = [None] * (first + 2 * layers)
+        g = gradient
+        for index in reversed(range(layers)):
+            if g is not None and ctx.needs_input_grad[first + 2 * index]:
+                gradients[first + 2 * index] = _outer(hidden[index], g)
+                gradients[first + 2 * index + 1] = g.sum(dim=1, keepdim=True)
+            if index == 0:
+                break
+            g = None if g is None else _times(g, weights[index].transpose(1, 2))
+            if index == layers - 1 and of_features is not None:
+                g = of_features if g is None else g + of_features
+            g = None if g is None else _through_activation(g, hidden[index], ctx.activation)
+        if g is not None:
+            for part, weight in enumerate(weights[0].split(ctx.widths, dim=1)):
+                if ctx.needs_input_grad[2 + part]:
+                    gradients[2 + part] = _of_shared_input(g, weight)
+        return tuple(gradients)
+
+
+def _times(h: Tensor, weight: Tensor) -> Tensor:
+    """Return h @ weight for [E, B, I] and [E, I, O]; with a single output, or a single input, by multiplication."""
+    if weight.shape[2] == 1:
+        return (h * weight.transpose(1, 2)).sum(dim=-1, keepdim=True)
+    return h * weight if weight.shape[1] == 1 else torch.bmm(h, weight)
+
+
+def _outer(h: Tensor, g: Tensor) -> Tensor:
+    """Return h^T @ g for [E, B, I] and [E, B, O]."""
+    if g.shape[2] == 1:
+        return torch.bmm(g.transpose(1, 2), h).transpose(1, 2)
+    return torch.bmm(h.transpose(1, 2), g)
+
+
+def _of_shared_input(g: Tensor, weight: Tensor) -> Tensor:
+    """Return the sum over members of g @ weight^T, [B, I]: all members read the same input."""
+    total = torch.mm(g[0], weight[0].t())
+    for own, of_member in zip(g[1:], weight[1:], strict=True):
+        total.addmm_(own, of_member.t())
+    return total
+
+
+def _through_activation(g: Tensor, h: Tensor, activation: Activation) -> Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(g, h, 0)
+    return torch.ops.aten.tanh_backward(g, h)
+
+
+class StackedMirror:
+    """The first member of a stack on NumPy views of its weights: for few rows, a fifth of torch's time."""
+
+    def __init__(self, network: StackedMLP) -> None:
+        self._network = network
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Fetch the views again, after parameters moved into other memory."""
+        self._weights = [weight.detach().cpu().numpy()[0] for weight in self._network.weights]
+        self._biases = [bias.detach().cpu().numpy()[0] for bias in self._network.biases]
+
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Map [N, inputs] float32 to outputs [N, outputs] and the last hidden layer [N, H]."""
+        for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
+            x = x.dot(weight)
+            x += bias
+            x = np.maximum(x, 0, out=x) if self._network.activation == "relu" else np.tanh(x, out=x)
+        return x.dot(self._weights[-1]) + self._biases[-1], x
