@@ -19,6 +19,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from classic_rl.direct import DirectGradient
 from classic_rl.distributional import (
     CategoricalValues,
     LossAndGradient,
@@ -31,10 +32,12 @@ from classic_rl.distributional import (
     quantile_loss,
     scalar_loss,
     support_of,
+    taken,
 )
 from classic_rl.dqn_config import DQNConfig, HardTarget, SoftTarget
 from classic_rl.dqn_policy import GreedyQ, policy_description
 from classic_rl.dqn_policy import load_policy as load_policy
+from classic_rl.networks import NumpyMirror
 from classic_rl.noisy import resample_noise
 from classic_rl.off_policy import OffPolicySchedule, observation_form
 from classic_rl.optimization import FlatNetwork
@@ -88,6 +91,10 @@ class DQN:
         seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(4)]
         self.online = FlatNetwork(self._network(seeds[0]), config.optimizer)
         self.target = None if config.target.type == "none" else FlatNetwork(self._network(seeds[0]))
+        self.direct = self.target_mirror = None
+        if self.online.network.runs_in_numpy:
+            self.direct = DirectGradient(self.online.network.plain)
+            self.target_mirror = NumpyMirror((self.target or self.online).network.plain)
         self.policy = GreedyQ(self.online.network, observation_space, action_space, config.values)
         self.generator = np.random.default_rng(seeds[1])
         self.noise_generator = torch.Generator().manual_seed(seeds[2])
@@ -105,6 +112,7 @@ class DQN:
             num_actions=self.num_actions if action_masks else None,
         )
         self._synchronized = 0
+        self._output_shape = (self.num_actions, config.values.size)
 
     def _network(self, seed: int) -> QNetwork:
         return QNetwork(
@@ -163,23 +171,30 @@ class DQN:
                 resample_noise(self.target.network, self.noise_generator)
         with torch.no_grad():
             target = self.bootstrap(batch)
-        outputs = self.online.network(batch.observations.to(self.device))
+        outputs = self._forward(batch.observations)
         actions = batch.actions.to(self.device)
         with torch.no_grad():
             loss = loss_of(self.config.values, outputs, actions, target, weights=self._moved(batch.weights))
-            chosen = expected_values(outputs.detach(), self.config.values)
-        self.online.zero_grad()
-        outputs.backward(loss.gradient)
+        self._backward(outputs, loss.gradient)
         norm = self.online.step(progress=progress)
         if prioritized is not None:
             prioritized.update_priorities(batch.indices, loss.errors.cpu().numpy())
         if isinstance(self.config.target, SoftTarget):
             self.target.move_towards(self.online, rate=self.config.target.rate)
-        return {
-            "loss": loss.losses.mean(),
-            "q_mean": chosen.gather(1, actions[:, None]).mean(),
-            "grad_norm": norm,
-        }
+        return {"loss": loss.losses.mean(), "q_mean": loss.predictions.mean(), "grad_norm": norm}
+
+    def _forward(self, observations: Tensor) -> Tensor:
+        """The online network's outputs [B, A, M], ready for `_backward`."""
+        if self.direct is not None:
+            return torch.from_numpy(self.direct.forward(observations.numpy())).view(-1, *self._output_shape)
+        return self.online.network(observations.to(self.device))
+
+    def _backward(self, outputs: Tensor, gradient: Tensor) -> None:
+        if self.direct is not None:
+            self.direct.backward(gradient.numpy().reshape(len(gradient), -1))
+            return
+        self.online.zero_grad()
+        outputs.backward(gradient)
 
     def _moved(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.device)
@@ -194,15 +209,22 @@ class DQN:
 
     def bootstrap(self, batch: Transitions) -> Tensor:
         """Return the target: [B] values, [B, M] probabilities, or [B, M] quantiles."""
-        following = batch.next_observations.to(self.device)
-        bootstrap = (self.target or self.online).network(following)
-        chooser = self.online.network(following) if self.config.double and self.target is not None else bootstrap
+        following = batch.next_observations
+        bootstrap = self._following(self.target or self.online, self.target_mirror, following)
+        chooser = bootstrap
+        if self.config.double:
+            chooser = self._following(self.online, self.policy.mirror, following)
         best = expected_values(chooser, self.config.values)
         if batch.next_action_masks is not None:
             best = best.masked_fill(~batch.next_action_masks.to(self.device), -torch.inf)
-        rows = torch.arange(len(best), device=self.device)
         rewards, discounts = batch.rewards.to(self.device), batch.discounts.to(self.device)
-        return target_of(self.config.values, bootstrap[rows, best.argmax(dim=1)], rewards=rewards, discounts=discounts)
+        return target_of(self.config.values, taken(bootstrap, best.argmax(dim=1)), rewards=rewards, discounts=discounts)
+
+    def _following(self, holder: FlatNetwork, mirror: NumpyMirror | None, observations: Tensor) -> Tensor:
+        """Outputs [B, A, M] of a network that is only asked."""
+        if mirror is not None:
+            return torch.from_numpy(mirror(observations.numpy())).view(-1, *self._output_shape)
+        return holder.network(observations.to(self.device))
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -260,6 +282,7 @@ def loss_of(
         case ScalarValues():
             return scalar_loss(outputs, actions, target, weights=weights, huber=values.huber)
         case CategoricalValues():
-            return categorical_loss(outputs, actions, target, weights=weights)
+            support = support_of(values, like=outputs)
+            return categorical_loss(outputs, actions, target, support=support, weights=weights)
         case QuantileValues():
             return quantile_loss(outputs, actions, target, weights=weights, huber=values.huber)

@@ -36,14 +36,16 @@ class GreedyQ:
     ) -> None:
         self.network, self.values = network, values
         self.observation_space, self.action_space = observation_space, action_space
-        on_cpu = next(network.parameters()).device.type == "cpu"
-        direct = network.plain is not None and network.convolutions is None and values.size == 1 and on_cpu
-        self._mirror = NumpyMirror(network.plain) if direct and network.config.kernel == "auto" else None
+        self.mirror = NumpyMirror(network.plain) if network.runs_in_numpy else None
 
     def action_values(self, observations: np.ndarray) -> np.ndarray:
         """Q [N, A] with the present noise."""
-        if self._mirror is not None:
-            return self._mirror(observations)
+        if self.mirror is not None:
+            outputs = self.mirror(observations)
+            if self.values.size == 1:
+                return outputs
+            tensor = torch.from_numpy(outputs).view(len(outputs), self.network.num_actions, -1)
+            return expected_values(tensor, self.values).numpy()
         with torch.inference_mode():
             device = next(self.network.parameters()).device
             outputs = self.network(to_tensor(observations, device=device))

@@ -116,6 +116,14 @@ class QNetwork(nn.Module):
         """Whether the network is one `MLP`, after convolutions where there are any."""
         return self.config.dueling is None and not self.config.noisy
 
+    @property
+    def runs_in_numpy(self) -> bool:
+        """Whether the whole network can be computed in NumPy: an `MLP` of vectors on the CPU."""
+        if self.plain is None or self.convolutions is not None or self.config.kernel != "auto":
+            return False
+        weight = self.plain.layers[0].weight
+        return weight.is_cpu and weight.dtype == torch.float32
+
     def features(self, observations: Tensor) -> Tensor:
         """What the streams share, [B, F]."""
         x = observations
