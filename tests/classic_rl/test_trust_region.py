@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import gymnasium
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from classic_rl.collector import CollectSteps
-from classic_rl.divergence import describe, kl_from
+from classic_rl.divergence import describe
 from classic_rl.environments import EnvironmentConfig
 from classic_rl.evaluation import EvaluationConfig, evaluate
-from classic_rl.natural_gradient import actor_parameters
+from classic_rl.natural_gradient import FisherProduct, actor_parameters
 from classic_rl.policy import ActorCritic
 from classic_rl.trust_region import (
     CriticUpdate,
@@ -21,6 +22,7 @@ from classic_rl.trust_region import (
     Trpo,
     TrpoDual,
     TrustRegionLearner,
+    _Surrogate,
     shared_algorithm,
 )
 from rlhf.core.algorithm import Gae
@@ -95,24 +97,25 @@ def test_trpo_improves_the_surrogate_within_the_region(seed, max_kl):
     assert metrics["surrogate_gain"] == pytest.approx(surrogate - before, abs=1e-6)
 
 
-def test_the_line_search_shrinks_a_step_that_leaves_the_region():
-    # Where the policy is nearly deterministic, damping hides how steep the KL is: the full natural step overshoots.
+def test_the_line_search_takes_the_longest_try_that_passes():
+    """Steps of 1, 1/2, 1/4 ... times the natural one: the one taken passes, the one before it did not."""
     policy = make_policy()
+    with torch.no_grad():  # confident in places, so that the KL is far from quadratic
+        policy.actor.layers[-1].weight *= 300
     experience = make_experience(policy)
-    experience = dataclasses.replace(experience, advantages=experience.advantages.abs() * (experience.actions == 0))
-    tries = []
-    for _ in range(40):
-        old = policy.actor(experience.inputs["observations"]).detach()
-        learner = TrustRegionLearner(policy, Trpo(max_kl=0.5, damping=1e-4))
-        metrics = learner.update(experience)
-        assert metrics["kl_to_old_after"] <= 0.5
-        tries.append(metrics["line_search_tries"])
-        log_probs = policy.distribution.log_probs_and_entropy(
-            policy.actor(experience.inputs["observations"]), experience.actions
-        )[0]
-        experience = dataclasses.replace(experience, old_log_probs=log_probs.detach())
-        assert old.isfinite().all()
-    assert max(tries) > 1
+    twin = copy.deepcopy(policy)
+    config = Trpo(max_kl=0.5, damping=1e-4, shrink=0.5)
+    metrics = TrustRegionLearner(policy, config).update(experience)
+    tries = int(metrics["line_search_tries"])
+    assert tries > 1
+    assert metrics["step_accepted"] == 1
+    assert metrics["kl_to_old_after"] <= 0.5
+    mask = experience.action_mask
+    old = twin.actor(experience.inputs["observations"][mask]).detach()
+    start, end = (torch.cat([p.detach().reshape(-1) for p in actor_parameters(p_)]) for p_ in (twin, policy))
+    torch.nn.utils.vector_to_parameters(start + 2 * (end - start), actor_parameters(twin))
+    surrogate, kl = measure(twin, experience, old)
+    assert kl > 0.5 or surrogate <= experience.advantages[mask].mean().item()
 
 
 def test_a_failed_line_search_keeps_the_old_policy():
@@ -142,18 +145,6 @@ def test_a_failed_line_search_keeps_the_old_policy():
     assert not torch.equal(critic, policy.critic.layers[0].weight), "the critic learns all the same"
 
 
-def test_a_region_too_small_for_any_try_keeps_the_old_policy():
-    # A step 0.9 times too long for the constraint, and one try: nothing passes.
-    policy = make_policy()
-    experience = make_experience(policy)
-    learner = TrustRegionLearner(policy, Trpo(max_tries=1, max_kl=10.0, damping=1e-6))
-    before = [parameter.detach().clone() for parameter in actor_parameters(policy)]
-    metrics = learner.update(experience)
-    moved = any(not torch.equal(a, b) for a, b in zip(actor_parameters(policy), before, strict=True))
-    assert moved == bool(metrics["step_accepted"])
-    assert metrics["kl_to_old_after"] <= 10.0
-
-
 def test_without_advantages_nothing_moves():
     policy = make_policy()
     experience = make_experience(policy)
@@ -168,13 +159,17 @@ def test_without_advantages_nothing_moves():
     "space", [gymnasium.spaces.Discrete(3), gymnasium.spaces.MultiDiscrete([2, 3]), gymnasium.spaces.Box(-1, 1, (2,))]
 )
 def test_the_natural_gradient_moves_by_the_kl_it_was_asked_for(space):
-    # KL is epsilon to second order; at a small epsilon and damping the measured one is near it.
+    """1/2 s^T (F + damping) s is max_kl by construction; a small step's KL is 1/2 s^T F s to second order."""
     policy = make_policy(space)
     experience = make_experience(policy, states=512)
-    config = NaturalGradient(max_kl=1e-4, damping=1e-6, conjugate_gradient_iterations=60)
-    metrics = TrustRegionLearner(policy, config).update(experience)
-    assert metrics["kl_to_old_after"] == pytest.approx(1e-4, rel=0.1)
-    assert metrics["surrogate_gain"] == pytest.approx(metrics["predicted_gain"], rel=0.05)
+    product = FisherProduct(policy, experience.inputs["observations"][experience.action_mask])
+    before = torch.cat([parameter.detach().reshape(-1) for parameter in actor_parameters(policy)])
+    metrics = TrustRegionLearner(policy, NaturalGradient(max_kl=1e-3, damping=0.1)).update(experience)
+    step = torch.cat([parameter.detach().reshape(-1) for parameter in actor_parameters(policy)]) - before
+    fisher = 0.5 * torch.dot(step, product(step)).item()
+    assert fisher + 0.05 * torch.dot(step, step).item() == pytest.approx(1e-3, rel=1e-3)
+    assert metrics["kl_to_old_after"] == pytest.approx(fisher, rel=0.1)
+    assert metrics["surrogate_gain"] == pytest.approx(metrics["predicted_gain"], rel=0.1)
 
 
 def test_masked_actions_change_nothing():
@@ -220,19 +215,20 @@ def test_the_penalised_loss_is_surrogate_minus_multiplier_times_kl():
     learner = TrustRegionLearner(policy, TrpoDual())
     experience = make_experience(policy).flatten_actions()
     observations = experience.inputs["observations"].squeeze(1)
-    old = describe(policy.distribution, policy.actor(observations))
+    old = describe(policy.distribution, policy.actor(experience.inputs["observations"]))
     with torch.no_grad():
         for parameter in actor_parameters(policy):
             parameter += 0.05
-    from classic_rl.trust_region import _Surrogate
-
     surrogate = _Surrogate(learner, experience, actions=float(len(experience)))
     surrogate.old = old
     loss = surrogate.loss(3.0)[0]
     outputs = policy.actor(observations)
     log_probs = torch.distributions.Categorical(logits=outputs).log_prob(experience.actions.squeeze(1))
     gain = torch.exp(log_probs - experience.old_log_probs.squeeze(1)) * experience.advantages.squeeze(1)
-    expected = -gain.mean() + 3.0 * kl_from(old, policy.distribution, outputs).mean()
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=old.outputs.squeeze(1)), torch.distributions.Categorical(logits=outputs)
+    )
+    expected = -gain.mean() + 3.0 * kl.mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     ours, theirs = (torch.autograd.grad(x, actor_parameters(policy)) for x in (loss, expected))
     for a, b in zip(ours, theirs, strict=True):
@@ -252,9 +248,9 @@ def test_the_critic_takes_its_own_steps():
         with torch.no_grad():
             return (policy.values(experience.inputs["observations"]) - experience.returns)[mask].square().mean().item()
 
-    before = error()  # returns are the sum of three standard normals: variance 3
+    before = error()  # returns are the sum of three standard normals: variance 3, and the critic starts near 0
     TrustRegionLearner(policy, config).update(experience)
-    assert before == pytest.approx(3, rel=0.3)
+    assert before > 2
     assert error() < 0.3
 
 
@@ -281,15 +277,15 @@ def test_errors_are_told():
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 @pytest.mark.parametrize("identifier", ["CartPole-v1", "Pendulum-v1"])
 def test_resumed_equals_uninterrupted_and_repeated(make, tmp_path, name, identifier):
-    config = CONFIGS[name]
+    config = CONFIGS[name].model_copy(update={"critic": CriticUpdate(epochs=2, minibatches=2)})
     algorithm = shared_algorithm(config)
 
     def start():
-        policy, collector = make(identifier, algorithm, CollectSteps(steps=32), num_envs=2, normalize_observations=True)
+        policy, collector = make(identifier, algorithm, CollectSteps(steps=16), num_envs=2, normalize_observations=True)
         return policy, collector, TrustRegionLearner(policy, config, seed=0), make_kl_coefficient(algorithm.kl)
 
     def go_on(collector, learner, multiplier):
-        for _ in range(3):
+        for _ in range(2):
             experience = estimate(collector.collect(), algorithm)
             metrics = learner.update(experience, kl_coef=multiplier.value)
             multiplier.update(metrics["kl_to_old_after"], episodes=1)
@@ -310,17 +306,20 @@ def test_resumed_equals_uninterrupted_and_repeated(make, tmp_path, name, identif
         assert torch.equal(tensor, again.state_dict()[key]), key
 
 
+IDENTITY = {
+    "natural_gradient": {"max_kl": 0.01},
+    "trpo": {"max_kl": 0.05, "damping": 0.01},
+    "trpo_dual": {"max_kl": 0.05, "learning_rate": 1e-3, "steps": 15, "dual_learning_rate": 20.0},
+}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["discrete", "multi_discrete", "multi_binary", "box"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_the_identity_is_learned(make, name, kind):
     # Stable-Baselines3's tests/test_identity.py: a mean return above 90 of 100 over 20 episodes, gamma .4.
-    config = CONFIGS[name].model_copy(
-        update={
-            "advantages": Gae(discount=0.4, standardize="batch"),
-            "max_kl": 0.05,
-            "critic": CriticUpdate(minibatches=4),
-        }
-    )
+    common = {"advantages": Gae(discount=0.4, standardize="batch"), "critic": CriticUpdate(minibatches=4)}
+    config = type(CONFIGS[name])(**common, **IDENTITY[name])
     algorithm = shared_algorithm(config)
     kwargs = {"kind": kind}
     policy, collector = make("Identity-v0", algorithm, CollectSteps(steps=64), num_envs=8, kwargs=kwargs)
