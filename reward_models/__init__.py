@@ -13,6 +13,7 @@ from rlhf import __version__
 
 if TYPE_CHECKING:
     from reward_models.collation import EncodedRanking, RankingCollator, encode_rankings
+    from reward_models.ensemble import EnsembleScorer, combine_scores
     from reward_models.evaluation import evaluate_scores, score_rankings
     from reward_models.loading import make_reward_model, prepare_tokenizer
     from reward_models.losses import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "collation": ("EncodedRanking", "RankingCollator", "encode_rankings"),
+    "ensemble": ("EnsembleScorer", "combine_scores"),
     "evaluation": ("evaluate_scores", "score_rankings"),
     "loading": ("make_reward_model", "prepare_tokenizer"),
     "losses": (
@@ -60,6 +62,7 @@ __all__ = [
     "BestOf",
     "Centering",
     "EncodedRanking",
+    "EnsembleScorer",
     "Margin",
     "PlackettLuce",
     "RankingCollator",
@@ -70,6 +73,7 @@ __all__ = [
     "__version__",
     "best_of_loss",
     "centering_loss",
+    "combine_scores",
     "encode_rankings",
     "evaluate_scores",
     "make_reward_model",

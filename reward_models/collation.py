@@ -19,6 +19,7 @@ from rlhf.data.tokenization import encode_completion, encode_prompt
 from rlhf.errors import DataError
 
 Overlong = Literal["refuse", "truncate", "drop"]
+InnerEnd = Literal["refuse", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,14 @@ class EncodingReport:
 
 
 def encode_candidate(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, *, max_length: int | None, truncate: bool
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completion: Text,
+    *,
+    max_length: int | None,
+    truncate: bool,
+    inner_end: InnerEnd = "refuse",
+    where: str | None = None,
 ) -> tuple[list[int], bool]:
     """Tokenize one prompt and completion as training and scoring both see them: template and end token included.
 
@@ -79,12 +87,14 @@ def encode_candidate(
         max_length: Most tokens a sequence may have; None sets no limit.
         truncate: Cut what is longer: first the completion at its end, down to half of `max_length`, then the
             prompt at its start; the first token of all (BOS) and the end token stay.
+        inner_end: A completion that spells the end token in its midst is refused, or taken as plain `text`.
+        where: File and line, for errors.
 
     Returns:
         The token ids, and whether they were, or without `truncate` would have to be, cut.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt, max_length=None)
-    completion_ids = encode_completion(tokenizer, prompt, completion, add_end=True)
+    prompt_ids = encode_prompt(tokenizer, prompt, max_length=None, where=where)
+    completion_ids = encode_completion(tokenizer, prompt, completion, add_end=True, inner_end=inner_end, where=where)
     if max_length is None or len(prompt_ids) + len(completion_ids) <= max_length:
         return prompt_ids + completion_ids, False
     if not truncate:
@@ -99,7 +109,13 @@ def encode_candidate(
 
 
 def encode_ranking(
-    tokenizer: PreTrainedTokenizerBase, ranking: Ranking, *, max_length: int | None, overlong: Overlong, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    ranking: Ranking,
+    *,
+    max_length: int | None,
+    overlong: Overlong,
+    where: str,
+    inner_end: InnerEnd = "refuse",
 ) -> tuple[EncodedRanking | None, EncodingReport]:
     """Tokenize one ranking; None if it can teach nothing (see the report for why).
 
@@ -111,7 +127,13 @@ def encode_ranking(
     truncated = 0
     for index, completion in enumerate(ranking.completions):
         ids, is_overlong = encode_candidate(
-            tokenizer, ranking.prompt, completion, max_length=max_length, truncate=overlong == "truncate"
+            tokenizer,
+            ranking.prompt,
+            completion,
+            max_length=max_length,
+            truncate=overlong == "truncate",
+            inner_end=inner_end,
+            where=where,
         )
         if is_overlong and overlong == "refuse":
             raise DataError(
@@ -151,6 +173,7 @@ def encode_rankings(
     *,
     max_length: int | None,
     overlong: Overlong = "refuse",
+    inner_end: InnerEnd = "refuse",
     name: str = "rankings",
 ) -> tuple[list[EncodedRanking], EncodingReport]:
     """Tokenize rankings.
@@ -160,6 +183,7 @@ def encode_rankings(
         tokenizer: The reward model's own.
         max_length: Most tokens of prompt plus completion; None sets no limit.
         overlong: What to do with longer candidates: refuse the data, cut them, or leave them out.
+        inner_end: What to do with completions that spell the end token in their midst.
         name: Of the data, for error messages.
 
     Returns:
@@ -172,7 +196,12 @@ def encode_rankings(
     report = EncodingReport()
     for index, ranking in enumerate(rankings):
         one, its_report = encode_ranking(
-            tokenizer, ranking, max_length=max_length, overlong=overlong, where=ranking.source or f"{name}[{index}]"
+            tokenizer,
+            ranking,
+            max_length=max_length,
+            overlong=overlong,
+            where=ranking.source or f"{name}[{index}]",
+            inner_end=inner_end,
         )
         report += its_report
         if one is not None:

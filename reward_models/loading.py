@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.model import RewardModel, score_head
+from reward_models.model import ADAPTED_CONFIG, RewardModel, score_head
 from rlhf.data.tokenization import end_token_ids
 from rlhf.errors import ModelError
 from rlhf.lm.loading import DTYPES, LoraSettings, ModelConfig, load_causal_lm
@@ -20,6 +21,7 @@ from rlhf.lm.loading import DTYPES, LoraSettings, ModelConfig, load_causal_lm
 logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<|pad|>"
+ADAPTER_FILE = "adapter_config.json"
 SCORING_SETTINGS = "reward_model"
 """Entry of a saved `config.json` that holds what scoring needs beyond the weights (see `RewardModelScorer`)."""
 
@@ -68,6 +70,8 @@ def open_classifier(path: str | Path, *, dtype: Any = torch.float32, attention: 
     if looks_local and not Path(path).is_dir():
         raise ModelError("no such model folder", where=str(path), expected="a folder saved by save_pretrained")
     arguments = {} if attention is None else {"attn_implementation": attention}
+    if (Path(path) / ADAPTER_FILE).is_file():
+        return _open_adapters(Path(path), dtype=dtype, **arguments)
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **arguments
@@ -84,11 +88,59 @@ def open_classifier(path: str | Path, *, dtype: Any = torch.float32, attention: 
     return model
 
 
+def _open_adapters(folder: Path, *, dtype: Any, **arguments: Any) -> PreTrainedModel:
+    """Open a peft folder of adapters and head on its base, merged into one plain model."""
+    from peft import PeftConfig, PeftModel
+
+    _require_saved_head(folder)
+    try:
+        base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+        own = folder / ADAPTED_CONFIG
+        config = AutoConfig.from_pretrained(own if own.is_file() else base, num_labels=1, trust_remote_code=False)
+        text = config.get_text_config()
+        vocabulary, pad_token = text.vocab_size, config.pad_token_id
+        # A pad token may have been added; its row of the embedding is never read, so the base need not have it.
+        text.vocab_size = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().vocab_size
+        config.pad_token_id = text.pad_token_id = None
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **arguments
+        )
+        if vocabulary != text.vocab_size:
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"adapters not loadable: {str(error).splitlines()[0]}",
+            where=str(folder),
+            remedy="Adapters need their base where it was when they were trained; a merged folder needs none.",
+        ) from error
+
+
+def _require_saved_head(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
+            names = list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the adapters' weights cannot be read: {error}", where=str(folder)) from error
+    if not any(name.endswith("score.weight") for name in names):
+        raise ModelError(
+            "the adapters were saved without the reward model's head",
+            where=str(folder),
+            remedy='Train them with task_type="SEQ_CLS", which trains and saves `score`.',
+        )
+
+
 def _is_sequence_classifier(path: str) -> bool:
+    adapters = Path(path) / ADAPTER_FILE
+    if adapters.is_file():
+        return json.loads(adapters.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        return False  # an adapter folder, or nothing at all: load_causal_lm opens the one and refuses the other
+        return False  # nothing at all, which load_causal_lm refuses
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
@@ -116,6 +168,7 @@ def _put_head_on_body(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *,
         )
     setattr(classifier, prefix, body)
     body.config = classifier.config
+    classifier.name_or_path = str(model.path or "")  # adapters name their base by it
     score_head(classifier)  # refuses heads of another shape before they are replaced
     classifier.score = new_head(config.get_text_config().hidden_size, seed=seed).to(causal.device, causal.dtype)
     return classifier
@@ -195,6 +248,9 @@ def _add_lora(model: PreTrainedModel, lora: LoraSettings) -> nn.Module:
         # The head is new: left out here, it would stay at its random start and not be saved.
         modules_to_save=[*lora.modules_to_save, "score"],
     )
+    base = model.name_or_path
+    if base and Path(base).is_dir():
+        model.name_or_path = str(Path(base).resolve())  # adapters are opened from other working directories too
     try:
         return get_peft_model(model, settings)
     except ValueError as error:

@@ -12,14 +12,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.tokenizer_saving import save_tokenizer
 from rlhf.errors import ModelError
+
+Adapters = Literal["merge", "keep"]
+ADAPTED_CONFIG = "reward_model_config.json"
+"""The reward model's config in a folder of adapters."""
 
 
 class RewardModel(nn.Module):
@@ -94,13 +99,42 @@ class RewardModel(nn.Module):
         """Recompute activations in the backward pass; `transformers.Trainer` calls it by this name."""
         self.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
-    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write an ordinary sequence-classification folder: weights, config, tokenizer. Adapters are merged in."""
-        model = self.model
-        if hasattr(model, "merge_and_unload"):
-            model = _merged_copy(model)
-        model.save_pretrained(folder)  # type: ignore[operator]
-        tokenizer.save_pretrained(folder)
+    def save_pretrained(
+        self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, adapters: Adapters = "merge"
+    ) -> None:
+        """Write an ordinary sequence-classification folder: weights, config, tokenizer.
+
+        Args:
+            folder: Where to.
+            tokenizer: The reward model's own.
+            adapters: Of a model trained with LoRA. merge: weights of their own, no base needed. keep: a peft folder of
+                adapters and head, which needs its base where it was; `AutoModelForSequenceClassification` opens it
+                too, given `num_labels=1`.
+
+        Raises:
+            ModelError: Adapters are to be kept, but there are none, or their base is no plain saved model.
+        """
+        if adapters == "keep":
+            self._save_adapters(folder)
+        else:
+            model = _merged_copy(self.model) if hasattr(self.model, "merge_and_unload") else self.model
+            model.save_pretrained(folder)  # type: ignore[operator]
+        save_tokenizer(tokenizer, folder)
+
+    def _save_adapters(self, folder: str | Path) -> None:
+        settings = getattr(self.model, "peft_config", None)
+        base = settings["default"].base_model_name_or_path if settings is not None else None
+        if not base or (Path(base) / "adapter_config.json").exists():
+            raise ModelError(
+                "adapters can only be kept apart from a base that is saved without adapters",
+                where=str(folder),
+                got="a model without adapters" if settings is None else base or "a fresh model",
+                remedy="Save it merged.",
+            )
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        # It says more than the base's config: one label, the pad token, the normalisation. Not as config.json, or
+        # transformers would look for whole weights in this folder.
+        self.config.to_json_file(Path(folder) / ADAPTED_CONFIG)
 
 
 @torch.no_grad()

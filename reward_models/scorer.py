@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from reward_models.collation import encode_candidate
 from reward_models.evaluation import score_sequences
 from reward_models.loading import SCORING_SETTINGS, open_classifier
-from reward_models.model import RewardModel
+from reward_models.model import Adapters, RewardModel
 from reward_models.trainer import RankingTrainer
 from rlhf.data.records import Text
 from rlhf.errors import ModelError, RewardError
@@ -27,7 +27,8 @@ class RewardModelScorer:
     """Scores completions with a reward model; called as every reward function, `(prompts, completions, **columns)`.
 
     It has a tokenizer and chat template of its own, which may differ from the policy's: it reads text. The end token
-    is appended as in training. Scores depend on nothing but the text: not on padding, not on the rest of the batch.
+    is appended as in training; where a completion spells it in its midst, that is text. Scores depend on nothing but
+    the text: not on padding, not on the rest of the batch.
     From the raw score, `mean` is subtracted and the difference divided by `std` (see `normalize_on`).
 
     Args:
@@ -151,7 +152,12 @@ class RewardModelScorer:
 
     def _encode(self, prompt: Text, completion: Text, *, index: int) -> list[int]:
         ids, is_overlong = encode_candidate(
-            self.tokenizer, prompt, completion, max_length=self.max_length, truncate=self.truncate
+            self.tokenizer,
+            prompt,
+            completion,
+            max_length=self.max_length,
+            truncate=self.truncate,
+            inner_end="text",  # a policy may spell the end token; that must neither stop RL nor end the text early
         )
         if is_overlong and not self.truncate:
             raise RewardError(
@@ -196,8 +202,13 @@ class RewardModelScorer:
         self.std = raw.std(correction=0).item() if unit_variance else 1.0
         return self.mean, self.std
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the sequence-classification folder, with the scorer's settings in its config."""
+    def save_pretrained(self, folder: str | Path, *, adapters: Adapters = "merge") -> None:
+        """Write the sequence-classification folder, with the scorer's settings in its config.
+
+        Args:
+            folder: Where to.
+            adapters: Of a model trained with LoRA: merged into the weights, or kept apart (see `RewardModel`).
+        """
         settings = {"max_length": self.max_length, "truncate": self.truncate, "mean": self.mean, "std": self.std}
         setattr(self.model.config, SCORING_SETTINGS, settings)
-        self.model.save_pretrained(folder, self.tokenizer)
+        self.model.save_pretrained(folder, self.tokenizer, adapters=adapters)

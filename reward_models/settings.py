@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import TrainingArguments
 
-from reward_models.collation import Overlong
+from reward_models.collation import InnerEnd, Overlong
 from reward_models.losses import AllPairs, Margin, RankingLossConfig, centering_loss, ranking_loss
 from reward_models.model import RewardModel
 from rlhf.config import Config
@@ -58,6 +58,9 @@ class RewardModelConfig(Config):
     overlong: Overlong = "refuse"
     """What happens to longer candidates. refuse: an error. truncate: the completion loses its end, then the prompt
     its start; the end token stays. drop: the candidate is left out, and a ranking with fewer than two as well."""
+    inner_end: InnerEnd = "refuse"
+    """A completion that spells the end token in its midst: refuse it, or take the spelling as plain text, as the scorer
+    does in RL. Completions that models wrote hold such spellings now and then."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is mixed precision (weights and head stay float32) and needs a GPU that has it."""
 

@@ -158,7 +158,11 @@ def make_trainer(
     model.chunk_tokens = settings.chunk_tokens
     check_gold_scores(rankings, settings)
     arguments = training_arguments(settings, directory=gettempdir(), seed=seed)  # nothing is written there
-    encode: dict[str, Any] = {"max_length": maximum_length(model, settings), "overlong": settings.overlong}
+    encode: dict[str, Any] = {
+        "max_length": maximum_length(model, settings),
+        "overlong": settings.overlong,
+        "inner_end": settings.inner_end,
+    }
     encoded, report = encode_rankings(rankings, tokenizer, name="rankings", **encode)
     encoded_held_out, held_out_report = encode_rankings(held_out, tokenizer, name="held-out rankings", **encode)
     if arguments.process_index == 0:

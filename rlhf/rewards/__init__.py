@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf.rewards.boxed_math import BoxedMath
     from rlhf.rewards.combination import CombinedReward, RewardPart
+    from rlhf.rewards.http import HttpReward
     from rlhf.rewards.loading import load_reward
     from rlhf.rewards.protocol import RewardFunction, RewardLog, reward_name, score_completions, text_of
     from rlhf.rewards.shaping import LengthPenalty, SoftOverlong, length_penalty, missing_end_penalty, soft_overlong
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "boxed_math": ("BoxedMath",),
     "combination": ("CombinedReward", "RewardPart"),
+    "http": ("HttpReward",),
     "loading": ("load_reward",),
     "protocol": ("RewardFunction", "RewardLog", "reward_name", "score_completions", "text_of"),
     "shaping": ("LengthPenalty", "SoftOverlong", "length_penalty", "missing_end_penalty", "soft_overlong"),
@@ -48,6 +50,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "BoxedMath",
     "CombinedReward",
+    "HttpReward",
     "LengthPenalty",
     "RewardFunction",
     "RewardLog",

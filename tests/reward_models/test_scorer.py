@@ -1,5 +1,7 @@
 """A reward model as a reward function: the score of training, whatever surrounds a text."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, pipeline
@@ -10,8 +12,9 @@ from reward_models.scorer import RewardModelScorer
 from reward_models.settings import RewardModelConfig
 from reward_models.trainer import make_trainer
 from rlhf.data.records import Ranking
-from rlhf.errors import ModelError, RewardError
-from rlhf.lm.loading import ModelConfig, character_tokenizer
+from rlhf.data.tokenization import decode_completion, encode_completion
+from rlhf.errors import DataError, ModelError, RewardError
+from rlhf.lm.loading import ModelConfig, character_tokenizer, load_tokenizer
 from rlhf.rewards import score_completions
 
 TEMPLATE = (
@@ -141,3 +144,55 @@ def test_bad_input_is_refused(tmp_path, scorer, reward_model, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no trained reward model"):
         RewardModelScorer.from_pretrained(tmp_path)
+
+
+def test_an_end_token_spelt_inside_a_completion_is_text(reward_model):
+    """A policy may spell the end token: the score must not stop there, nor may RL stop."""
+    tokenizer = prepare_tokenizer(character_tokenizer("abcdefghijklmnopqrstuvwxyz> <"))
+    settings = {**reward_model.config.to_dict(), "vocab_size": len(tokenizer)}
+    scorer = RewardModelScorer(make_reward_model(ModelConfig(config=settings), tokenizer), tokenizer)
+    spelt, ids = "ab<eos>cd", [tokenizer.convert_tokens_to_ids(letter) for letter in "x>ab<eos>cd"]
+    with torch.no_grad():
+        expected = scorer.model.classifier(torch.tensor([[*ids, tokenizer.eos_token_id]])).logits.item()
+    assert scorer(["x>"], [spelt])[0] == pytest.approx(expected, abs=1e-5)
+    # Training refuses it, or sees the same tokens.
+    rankings = [Ranking("x>", (spelt, "q"), (0, 1))]
+    with pytest.raises(DataError, match="end token in its midst"):
+        make_trainer(scorer.model, tokenizer, rankings, held_out=rankings, settings=RewardModelConfig())
+    settings = RewardModelConfig(inner_end="text")
+    trainer = make_trainer(scorer.model, tokenizer, rankings, held_out=rankings, settings=settings)
+    assert trainer.rankings[0].sequences[0] == [*ids, tokenizer.eos_token_id]
+
+
+REAL = Path(__file__).resolve().parents[2] / ".." / "shared/data/tokenizers"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="real tokenizers are not here")
+@pytest.mark.parametrize(("policy", "own"), [("qwen2.5", "minueza-32m-chat"), ("smollm2", "qwen2.5")])
+def test_a_real_tokenizer_and_template_of_its_own(tmp_path, policy, own, reward_model):
+    """trl issue 1979: policy and reward model share neither vocabulary nor template; text stands between them."""
+    policy_tokenizer = load_tokenizer(str(REAL / policy))
+    tokenizer = prepare_tokenizer(load_tokenizer(str(REAL / own)))
+    settings = {**reward_model.config.to_dict(), "max_position_embeddings": 256}
+    del settings["vocab_size"]
+    model = make_reward_model(ModelConfig(config={**settings, "hidden_size": 16}), tokenizer)
+    prompts = [chat("What is 2 + 2?", "user"), chat("Say hello in French,\nplease.", "user")]
+    texts = ["It is 4.", " Bonjour! \u00e9t\u00e9"]
+    RewardModelScorer(model, tokenizer).save_pretrained(tmp_path)
+    scorer = RewardModelScorer.from_pretrained(tmp_path)
+    # What RL does: the policy's tokens are decoded with the policy's tokenizer, and the text is scored.
+    assert prepare_tokenizer(load_tokenizer(str(REAL / own))).chat_template != policy_tokenizer.chat_template
+    completions = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = encode_completion(policy_tokenizer, prompt, text, add_end=False)
+        completions.append(chat(decode_completion(policy_tokenizer, ids), "assistant"))
+    # What the reward model must see: its own template's rendering up to the end of the assistant's turn.
+    expected = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        whole = tokenizer.apply_chat_template([*prompt, *chat(text, "assistant")], tokenize=False)
+        end = whole.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
+        ids = tokenizer(whole[:end], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            expected.append(scorer.model.classifier(torch.tensor([ids])).logits.item())
+    assert scorer(prompts, completions) == pytest.approx(expected, abs=1e-5)
