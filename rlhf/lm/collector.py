@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +18,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.core.advantages import carry_values
+from rlhf.core.algorithm import AlgorithmConfig, GreedyBaseline, GroupRelativeParts
 from rlhf.core.types import PolicyOutput, Rollout
 from rlhf.data.records import Prompt
 from rlhf.data.tokenization import encode_prompts, require_special_tokens
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.lm.collector_config import CollectorConfig, ShapingConfig
+from rlhf.lm.collector_config import CollectorConfig
 from rlhf.lm.generation import Generator
+from rlhf.lm.judging import (
+    Judged,
+    concatenate_judged,
+    last_position,
+    rows_to_learn_from,
+    shape_scores,
+    telling_groups,
+)
 from rlhf.lm.measurement import measure, measure_log_probs
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.prompt_stream import PromptStream, mix_seed
@@ -35,9 +44,9 @@ from rlhf.lm.rollout_metrics import (
     score_statistics,
     uniform_groups,
 )
-from rlhf.lm.samples import Samples, concatenate_samples, sample_completions, score_samples, select_samples
+from rlhf.lm.samples import Samples, judge_samples, sample_completions
+from rlhf.rewards.combination import CombinedReward
 from rlhf.rewards.protocol import RewardFunction
-from rlhf.rewards.shaping import missing_end_penalty, soft_overlong
 from rlhf.training.distributed import gather_stack
 
 logger = logging.getLogger(__name__)
@@ -46,23 +55,6 @@ RECHECK_EVERY = 20
 """Iterations after which `old_log_probs: auto` compares the generator with the trainer's forward again."""
 AGREEMENT = 1e-5
 """Mean |log-prob difference| in nats below which the generator's log-probs stand for the trainer's."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Completions, the reward function's scores, and what shaping made of them; groups lie side by side."""
-
-    samples: Samples
-    scores: Tensor
-    """[R] float32 on the CPU."""
-    rewards: Tensor
-    """[R] float32 on the CPU, after shaping."""
-    reported: dict[str, float]
-    """What the reward function said about itself."""
-
-    def select(self, rows: Tensor) -> Judged:
-        """The rows at integer indices [n]."""
-        return Judged(select_samples(self.samples, rows.tolist()), self.scores[rows], self.rewards[rows], self.reported)
 
 
 class PromptCollector:
@@ -79,6 +71,8 @@ class PromptCollector:
         reward: Judges decoded text without special tokens.
         config: Sizes, lengths, shaping.
         single_step: The algorithm makes one optimizer step per rollout; `old_log_probs: auto` reads it.
+        algorithm: What will learn from the rollouts: ReMax wants greedy completions besides, GDPO a reward of parts.
+            None collects what all others need.
         reference: Gives `ref_log_probs`; None where the algorithm needs none.
         accelerator: Whose processes share the prompts; None is one process.
         seed: Of the order of prompts and of sampling.
@@ -102,6 +96,7 @@ class PromptCollector:
         reward: RewardFunction,
         config: CollectorConfig,
         single_step: bool = False,
+        algorithm: AlgorithmConfig | None = None,
         reference: FrozenReference | None = None,
         accelerator: Accelerator | None = None,
         seed: int = 0,
@@ -110,6 +105,7 @@ class PromptCollector:
         require_special_tokens(tokenizer)
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         _check_settings(config, prompts, policy=policy, processes=processes)
+        _check_algorithm(algorithm, config, reward)
         self.policy, self.reference, self.generator = policy, reference, generator
         self.tokenizer, self.reward, self.config, self.accelerator = tokenizer, reward, config, accelerator
         # All prompts are encoded now, so that one that is too long is refused before any time is spent.
@@ -122,6 +118,7 @@ class PromptCollector:
         self._seed, self._rank, self._iteration = seed, rank, 0
         self._may_trust = single_step and config.sampling.full_support and not policy.has_critic
         self._trusts_generator = False
+        self._greedy_baseline = algorithm is not None and isinstance(algorithm.advantages, GreedyBaseline)
 
     def collect(self) -> Rollout:
         """Collect one rollout.
@@ -168,37 +165,47 @@ class PromptCollector:
         rounds = [self._judge(self._stream.take(), random)]
         while dynamic is not None and len(rounds) < dynamic.max_rounds and self._lacks_groups(rounds):
             rounds.append(self._judge(self._stream.take(), random))
-        judged = _concatenate(rounds, pad_id=_pad_id(self.tokenizer))
+        judged = concatenate_judged(rounds, pad_id=_pad_id(self.tokenizer))
+        reported = judged.verdict.reported
         statistics = score_statistics(judged.samples, judged.scores, group_size=group_size)
+        if judged.baselines is not None:
+            statistics["greedy_reward_mean"] = ("mean", judged.baselines, torch.ones(len(judged.rewards)).bool())
         if dynamic is None:
-            return judged, judged.reported | gather_metrics(statistics, accelerator=self.accelerator)
+            return judged, reported | gather_metrics(statistics, accelerator=self.accelerator)
         groups, missing = telling_groups(judged.rewards, group_size=group_size, quota=self._quota)
         share = torch.tensor([missing / self._quota])
         statistics["uniform_groups_kept_fraction"] = ("mean", share, torch.ones_like(share, dtype=torch.bool))
-        metrics = judged.reported | gather_metrics(statistics, accelerator=self.accelerator)
+        metrics = reported | gather_metrics(statistics, accelerator=self.accelerator)
         metrics["rollout/rounds"] = float(len(rounds))
+        metrics["rollout/refills"] = float(len(rounds) - 1)
         self._report_shortfall(metrics["rollout/uniform_groups_kept_fraction"])
         rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
         return judged.select(rows), metrics
 
     def _judge(self, indices: list[int], random: torch.Generator) -> Judged:
+        judged = self._answer(indices, random, group_size=self.config.group_size)
+        if not self._greedy_baseline:
+            return judged
+        greedy = self._answer(indices, random, group_size=1, greedy=True)
+        return replace(judged, baselines=greedy.rewards.repeat_interleave(self.config.group_size))
+
+    def _answer(self, indices: list[int], random: torch.Generator, *, group_size: int, greedy: bool = False) -> Judged:
         samples = sample_completions(
             self.generator,
             self.tokenizer,
             prompts=[self._prompts[index] for index in indices],
             encoded=[self._encoded[index] for index in indices],
-            sampling=self.config.sampling,
-            group_size=self.config.group_size,
+            sampling=self.config.sampling.model_copy(update={"greedy": greedy}),
+            group_size=group_size,
             prompts_per_batch=self.config.generation_prompts,
             device=self.device,
             random=random,
         )
-        scores, reported = score_samples(self.reward, samples)
+        verdict = judge_samples(self.reward, samples)
         limit = self.config.sampling.max_completion_length
-        rewards = shape_scores(
-            scores, self.config.shaping, ended=samples.ended.cpu(), lengths=samples.lengths.cpu(), limit=limit
-        )
-        return Judged(samples, scores, rewards, reported)
+        ended, lengths = samples.ended.cpu(), samples.lengths.cpu()
+        rewards = shape_scores(verdict.scores, self.config.shaping, ended=ended, lengths=lengths, limit=limit)
+        return Judged(samples, verdict, rewards)
 
     def _lacks_groups(self, rounds: Sequence[Judged]) -> bool:
         """Whether any process still has fewer telling groups than its share: all must go through the same rounds."""
@@ -247,11 +254,12 @@ class PromptCollector:
         else:
             self._trusts_generator = metrics["rollout/sampling_mismatch_mean"] < AGREEMENT
         ends = last_position(mask)
+        parts, part_weights = judged.parts()
         return Rollout(
             inputs=inputs,
             actions=samples.completion_ids,
             action_mask=mask.clone(),
-            rewards=torch.where(ends, judged.rewards.to(mask.device).unsqueeze(1), 0.0),
+            rewards=judged.placed(ends.cpu()).to(mask.device),
             old_log_probs=output.log_probs,
             episode_ends=ends,
             values=output.values,
@@ -259,6 +267,9 @@ class PromptCollector:
             ref_log_probs=reference,
             sampling_log_probs=samples.sampling_log_probs,
             group_ids=groups.to(mask.device),
+            baselines=None if judged.baselines is None else judged.baselines.to(mask.device),
+            reward_parts=None if parts is None else parts.to(mask.device),
+            part_weights=part_weights,
             metrics=metrics,
             samples=readable_samples(samples, scores=judged.scores, rewards=judged.rewards, count=self.config.samples),
         )
@@ -284,85 +295,6 @@ class PromptCollector:
     def device(self) -> torch.device:
         """Where the policy is."""
         return next(self.policy.parameters()).device
-
-
-def last_position(mask: Tensor) -> Tensor:
-    """[R, T] bool, True on the last unmasked position of each row: the end token, or where the limit cut.
-
-    >>> last_position(torch.tensor([[True, True, False]]))
-    tensor([[False,  True, False]])
-    """
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return mask & (positions == torch.where(mask, positions, -1).amax(dim=1, keepdim=True))
-
-
-def shape_scores(scores: Tensor, shaping: ShapingConfig, *, ended: Tensor, lengths: Tensor, limit: int) -> Tensor:
-    """Turn a reward function's scores into rewards: clip, replace where the end is missing, punish length.
-
-    Args:
-        scores: [R].
-        shaping: Which of these, in this order.
-        ended: [R] bool, True where an end token came within the limit.
-        lengths: [R] completion tokens.
-        limit: The greatest completion length.
-
-    Returns:
-        [R]
-    """
-    if shaping.score_clip is not None:
-        scores = scores.clamp(-shaping.score_clip, shaping.score_clip)
-    if shaping.missing_end_score is not None:
-        scores = missing_end_penalty(scores, ended, score=shaping.missing_end_score)
-    if shaping.overlong_buffer is not None:
-        scores = scores + soft_overlong(lengths, limit=limit, buffer=shaping.overlong_buffer)
-    return scores
-
-
-def rows_to_learn_from(ended: Tensor, groups: Tensor, *, grouped: bool) -> Tensor:
-    """Rows that are left when completions cut at the limit drop out, and with them groups of which one row is left.
-
-    >>> rows_to_learn_from(torch.tensor([True, False, True, True]), torch.tensor([0, 0, 1, 1]), grouped=True)
-    tensor([2, 3])
-    """
-    kept = ended.clone()
-    if grouped:
-        sizes = torch.zeros(int(groups.max()) + 1, dtype=torch.int64).index_add_(0, groups, ended.long())
-        kept &= sizes[groups] > 1
-    return kept.nonzero().squeeze(1)
-
-
-def telling_groups(rewards: Tensor, *, group_size: int, quota: int) -> tuple[Tensor, int]:
-    """The first `quota` groups whose rewards differ, filled up with uniform ones where there are too few.
-
-    Args:
-        rewards: [N * group_size].
-        group_size: Rows of a group, side by side.
-        quota: Groups to return; N >= quota.
-
-    Returns:
-        Group numbers [quota] in ascending order, and how many of them are uniform.
-
-    >>> telling_groups(torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0]), group_size=2, quota=2)
-    (tensor([0, 1]), 1)
-    """
-    uniform = uniform_groups(rewards, group_size)
-    preferred = uniform.to(torch.int8).argsort(stable=True)[:quota]
-    return preferred.sort().values, int(uniform[preferred].sum())
-
-
-def _concatenate(rounds: Sequence[Judged], *, pad_id: int) -> Judged:
-    if len(rounds) == 1:
-        return rounds[0]
-    return Judged(
-        samples=concatenate_samples([judged.samples for judged in rounds], pad_id=pad_id),
-        scores=torch.cat([judged.scores for judged in rounds]),
-        rewards=torch.cat([judged.rewards for judged in rounds]),
-        reported={name: _mean([judged.reported[name] for judged in rounds]) for name in rounds[0].reported},
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -395,4 +327,23 @@ def _check_settings(
             "a critic needs the forward that old_log_probs: sampling saves",
             where="collector.old_log_probs",
             remedy="Set it to recompute.",
+        )
+
+
+def _check_algorithm(algorithm: AlgorithmConfig | None, config: CollectorConfig, reward: RewardFunction) -> None:
+    """Refuse rewards and shaping that an algorithm which compares parts of the reward could not read."""
+    if algorithm is None or not isinstance(algorithm.advantages, GroupRelativeParts):
+        return
+    if not isinstance(reward, CombinedReward):
+        raise ConfigError(
+            "group_relative_parts compares the parts of a reward, and there is one function only",
+            where="algorithm.advantages",
+            remedy="Give `reward` as a list, or use group_relative.",
+        )
+    shaping = config.shaping
+    if shaping.score_clip is not None or shaping.missing_end_score is not None:
+        raise ConfigError(
+            "score_clip and missing_end_score change the sum of the rewards, but group_relative_parts reads the parts",
+            where="collector.shaping",
+            remedy="Remove them; a penalty for long completions (overlong_buffer) counts as a part.",
         )

@@ -111,6 +111,7 @@ def fine_tune(config: FineTuningConfig, *, recipe: str) -> dict[str, float]:
         reward=reward,
         config=config.collector,
         single_step=algorithm.epochs * algorithm.minibatches == 1,
+        algorithm=algorithm,
         reference=actors.reference,
         accelerator=accelerator,
         seed=config.run.seed,

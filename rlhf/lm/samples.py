@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.collation import left_pad
 from rlhf.data.records import Prompt, Text
 from rlhf.data.tokenization import decode_completion, encode_prompts
+from rlhf.errors import RewardError
 from rlhf.lm.generation import Generator
 from rlhf.lm.sampling import SamplingConfig
 from rlhf.rewards.combination import CombinedReward
@@ -137,6 +138,50 @@ def as_completion(prompt: Text, text: str) -> Text:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a reward function said about R completions."""
+
+    scores: Tensor
+    """[R] float32 on the CPU."""
+    reported: dict[str, float]
+    """What it reported about itself, as `reward/<name>` -> mean."""
+    token_scores: list[list[float]] | None = None
+    """[R] lists with one number per completion token, where it gave rewards per token or step."""
+    parts: Tensor | None = None
+    """[R, P] what the parts of a combined reward gave, before weighting; NaN where a part does not apply."""
+    part_weights: tuple[float, ...] = ()
+    """P factors of the parts."""
+
+    def select(self, rows: Tensor) -> Verdict:
+        """The rows at integer indices [n]."""
+        tokens = self.token_scores
+        return replace(
+            self,
+            scores=self.scores[rows],
+            token_scores=None if tokens is None else [tokens[row] for row in rows.tolist()],
+            parts=None if self.parts is None else self.parts[rows],
+        )
+
+    @staticmethod
+    def concatenate(verdicts: Sequence[Verdict]) -> Verdict:
+        """Verdicts of one reward function under one another; what it reported is averaged."""
+        first = verdicts[0]
+        tokens = [verdict.token_scores for verdict in verdicts if verdict.token_scores is not None]
+        if tokens and len(tokens) < len(verdicts):
+            raise RewardError("the reward function gave rewards per token in some calls and per completion in others")
+        parts = [verdict.parts for verdict in verdicts if verdict.parts is not None]
+        return Verdict(
+            scores=torch.cat([verdict.scores for verdict in verdicts]),
+            reported={
+                name: sum(verdict.reported[name] for verdict in verdicts) / len(verdicts) for name in first.reported
+            },
+            token_scores=[row for part in tokens for row in part] if tokens else None,
+            parts=torch.cat(parts) if parts else None,
+            part_weights=first.part_weights,
+        )
+
+
 def score_samples(reward: RewardFunction, samples: Samples) -> tuple[Tensor, dict[str, float]]:
     """Ask a reward function for one score a completion.
 
@@ -146,6 +191,20 @@ def score_samples(reward: RewardFunction, samples: Samples) -> tuple[Tensor, dic
 
     Returns:
         [R] float32 on the CPU, and what the reward function reported about itself, as `reward/<name>` -> mean.
+
+    Raises:
+        RewardError: It raised, returned a wrong number of scores, or something that is no number.
+    """
+    verdict = judge_samples(reward, samples)
+    return verdict.scores, verdict.reported
+
+
+def judge_samples(reward: RewardFunction, samples: Samples) -> Verdict:
+    """Ask a reward function about completions: scores, rewards per token, and the parts of a combination.
+
+    Args:
+        reward: Sees decoded text, token ids, and the prompts' other columns by name.
+        samples: R completions.
 
     Raises:
         RewardError: It raised, returned a wrong number of scores, or something that is no number.
@@ -164,7 +223,9 @@ def score_samples(reward: RewardFunction, samples: Samples) -> tuple[Tensor, dic
         log=log,
     )
     reported = {f"reward/{name}": sum(values) / len(values) for name, values in log.metrics.items()}
-    return scores, reported | (reward.metrics() if isinstance(reward, CombinedReward) else {})
+    if not isinstance(reward, CombinedReward):
+        return Verdict(scores, reported, log.token_scores)
+    return Verdict(scores, reported | reward.metrics(), log.token_scores, *reward.part_scores())
 
 
 def concatenate_samples(parts: Sequence[Samples], *, pad_id: int) -> Samples:

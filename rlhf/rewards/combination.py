@@ -60,8 +60,11 @@ class CombinedReward:
         """Of the last call: part -> [N] float32 before weighting, NaN where the part returned None."""
         self.last_log = RewardLog()
         """Of the last call: what the parts logged themselves."""
+        self._token_scores: dict[str, list[list[float]]] = {}
 
-    def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
+    def __call__(
+        self, prompts: list[Text], completions: list[Text], **columns: Any
+    ) -> list[float | None] | list[list[float]]:
         """Score completions; see the class's docstring.
 
         Raises:
@@ -71,8 +74,9 @@ class CombinedReward:
         extras = {name: columns.pop(name) for name in ("trainer_state",) if name in columns}
         outer_metric, outer_extra = columns.pop("log_metric", None), columns.pop("log_extra", None)
         self.last_log = RewardLog()
-        self.last_scores = {
-            str(part.name): score_completions(
+        self.last_scores, self._token_scores = {}, {}
+        for part in self.parts:
+            self.last_scores[str(part.name)] = score_completions(
                 part.reward,
                 prompts=prompts,
                 completions=completions,
@@ -83,10 +87,12 @@ class CombinedReward:
                 extras=extras,
                 allow_missing=True,
             )
-            for part in self.parts
-        }
+            if self.last_log.token_scores is not None:
+                self._token_scores[str(part.name)] = self.last_log.token_scores
         self._pass_on(outer_metric, outer_extra)
         combined = self._combine(len(completions)).tolist()
+        if self._token_scores:
+            return self._spread(combined)
         return [None if math.isnan(score) else score for score in combined]
 
     def metrics(self) -> dict[str, float]:
@@ -104,12 +110,11 @@ class CombinedReward:
 
     def _combine(self, number: int) -> Tensor:
         """[N] float32; NaN where no reward and no penalty applies."""
-        gates, rewards, penalties = torch.ones(number), torch.zeros(number), torch.zeros(number)
+        gates, rewards, penalties = self._gates(number), torch.zeros(number), torch.zeros(number)
         applies = torch.zeros(number, dtype=torch.bool)
         for part in self.parts:
             scores = self.last_scores[str(part.name)]
             if part.role == "gate":
-                gates *= scores.nan_to_num(nan=1.0)
                 continue
             applies |= ~scores.isnan()
             weighted = part.weight * scores.nan_to_num(nan=0.0)
@@ -118,6 +123,48 @@ class CombinedReward:
             else:
                 penalties += weighted
         return torch.where(applies, gates * rewards + penalties, torch.nan)
+
+    def part_scores(self) -> tuple[Tensor, tuple[float, ...]]:
+        """What the parts gave in the last call, each by itself, for advantages that compare them apart (GDPO).
+
+        Returns:
+            [N, P] of the rewards, behind the gates, and of the penalties, before weighting, NaN where a part does not
+            apply; and their P weights.
+        """
+        number = len(next(iter(self.last_scores.values())))
+        gates = self._gates(number)
+        columns, weights = [], []
+        for part in self.parts:
+            if part.role != "gate":
+                scores = self.last_scores[str(part.name)]
+                columns.append(gates * scores if part.role == "reward" else scores)
+                weights.append(part.weight)
+        return torch.stack(columns, dim=1), tuple(weights)
+
+    def _gates(self, number: int) -> Tensor:
+        """[N] product of the gates."""
+        gates = torch.ones(number)
+        for part in self.parts:
+            if part.role == "gate":
+                gates *= self.last_scores[str(part.name)].nan_to_num(nan=1.0)
+        return gates
+
+    def _spread(self, combined: list[float]) -> list[list[float]]:
+        """Rewards per token: those of the parts that give them, and the others' on each completion's last token."""
+        gates = self._gates(len(combined))
+        rows = [[0.0] * len(row) for row in next(iter(self._token_scores.values()))]
+        for part in self.parts:
+            if str(part.name) not in self._token_scores:
+                continue
+            if part.role == "gate":
+                raise RewardError("a gate gave rewards per token", where=str(part.name), remedy="Make it a reward.")
+            for row, scores, gate in zip(rows, self._token_scores[str(part.name)], gates.tolist(), strict=True):
+                factor = part.weight * (gate if part.role == "reward" else 1.0)
+                for position, score in enumerate(scores):
+                    row[position] += factor * score
+        for row, total in zip(rows, combined, strict=True):
+            row[-1] += total - math.fsum(row)
+        return rows
 
     def _pass_on(self, log_metric: Callable[..., None] | None, log_extra: Callable[..., None] | None) -> None:
         """Report to an outer log as well, which a combination inside a combination has."""

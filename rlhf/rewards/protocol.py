@@ -5,6 +5,9 @@ where it has nothing to say:
 
     def reward(prompts, completions, answer, **columns) -> list[float | None]
 
+In place of a number a completion may have rewards per token, a list with one for each of its `completion_ids`, or per
+step, a mapping {token number: reward}; its score is then their sum.
+
 `completions` are strings after string prompts and `[{"role": "assistant", "content": ...}]` after chat prompts. Each
 further column of the data arrives by its name. Functions written for TRL run unchanged: `completion_ids`,
 `trainer_state`, `log_extra` and `log_metric` are offered too, and coroutine functions are awaited.
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import RewardError
+from rlhf.rewards.token_scores import is_per_token, read_token_scores
 
 Text: TypeAlias = str | list[dict[str, Any]]
 
@@ -46,6 +50,8 @@ class RewardLog:
     """Name -> one value per call."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """Name -> one value per completion, for the samples file."""
+    token_scores: list[list[float]] | None = None
+    """Of the last call: per completion one number per token, where the function gave rewards per token or step."""
 
     def log_metric(self, name: str, value: float) -> None:
         """Keep a number for the metrics."""
@@ -117,7 +123,12 @@ def score_completions(
     if completion_ids is not None:
         available["completion_ids"] = [list(ids) for ids in completion_ids]
     returned = _call(reward, _choose_arguments(reward, available, name), name)
-    scores = _read_scores(returned, completions, name)
+    values = _to_list(returned, name)
+    log.token_scores = None
+    if len(values) == len(completions) and is_per_token(values):
+        log.token_scores = read_token_scores(values, completion_ids, name=name)
+        values = [math.fsum(row) for row in log.token_scores]
+    scores = _read_scores(values, completions, name)
     missing = [index for index, score in enumerate(scores) if score is None]
     if missing and not allow_missing:
         everyone = "every completion" if len(missing) == len(scores) else f"completion {missing[0]}"
@@ -198,8 +209,7 @@ def _place_of(error: BaseException, name: str) -> str:
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def _read_scores(returned: Any, completions: Sequence[Text], name: str) -> list[float | None]:
-    values = _to_list(returned, name)
+def _read_scores(values: list[Any], completions: Sequence[Text], name: str) -> list[float | None]:
     if len(values) != len(completions):
         raise RewardError(
             "wrong number of scores", where=name, got=len(values), expected=f"{len(completions)}, one per completion"

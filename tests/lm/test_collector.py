@@ -4,17 +4,21 @@ import pytest
 import torch
 
 from rlhf.core.advantages import group_relative
+from rlhf.core.estimate import estimate
+from rlhf.core.presets import ALGORITHMS
 from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError, DataError, RewardError, TrainingError
 from rlhf.lm.actors import make_generator
-from rlhf.lm.collector import PromptCollector, rows_to_learn_from, shape_scores, telling_groups
+from rlhf.lm.collector import PromptCollector
 from rlhf.lm.collector_config import CollectorConfig, DynamicSampling, ShapingConfig
 from rlhf.lm.generation import Generation
+from rlhf.lm.judging import rows_to_learn_from, shape_scores, telling_groups
 from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.prompt_stream import PromptStream
 from rlhf.lm.reference import FrozenReference
 from rlhf.lm.sampling import SamplingConfig
+from rlhf.rewards.combination import CombinedReward, RewardPart
 
 TOKENIZER = character_tokenizer("abc>")
 PAD, END, A, B = 0, 2, 3, 4
@@ -344,3 +348,111 @@ def test_no_prompts_are_refused():
 def test_settings_without_meaning_are_refused(settings):
     with pytest.raises(ValueError, match=r"set|lower|raise|use|shorter"):
         CollectorConfig.model_validate(settings)
+
+
+# --- rewards per token and per step, parts, greedy baselines ---------------------------------------------------------
+
+
+def test_rewards_per_token_stay_at_their_tokens():
+    def per_token(completions, completion_ids, **columns):
+        return [[float(token) for token in ids] for ids in completion_ids]
+
+    rollout = make_collector(generator=Scripted([A, END], [A, A, B, END]), reward=per_token).collect()
+    assert rollout.rewards[0].tolist() == [A, END, 0.0, 0.0]
+    assert rollout.rewards[1].tolist() == [A, A, B, END]
+    assert rollout.scores.tolist() == [A + END, 2 * A + B + END] * 2
+
+
+def test_rewards_per_step_stand_where_steps_end_and_shaping_on_the_last_token():
+    def per_step(completions, completion_ids, **columns):
+        return [{0: 1.0, 2: 0.5} if len(ids) > 2 else {} for ids in completion_ids]
+
+    shaping = {"shaping": ShapingConfig(overlong_buffer=2)}  # limit 4: two tokens cost 0, four cost 1
+    collector = make_collector(generator=Scripted([A, END], [A, A, B, END]), reward=per_step, config=shaping)
+    rollout = collector.collect()
+    assert rollout.rewards[0].tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert rollout.rewards[1].tolist() == [1.0, 0.0, 0.5, -1.0]
+
+
+def test_rewards_per_token_reach_rewards_to_go():
+    def per_step(completions, completion_ids, **columns):
+        return [{0: 1.0, len(ids) - 1: 0.5} for ids in completion_ids]
+
+    rollout = make_collector(generator=Scripted([A, B, END], [B, END]), reward=per_step).collect()
+    advantages = estimate(rollout, ALGORITHMS["reinforce"]).advantages
+    # discount .99: 1 + .99^2 x .5, .99 x .5, .5; in the second row 1 + .99 x .5, .5.
+    assert advantages[0].tolist() == pytest.approx([1.49005, 0.495, 0.5])
+    assert advantages[1, :2].tolist() == pytest.approx([1.495, 0.5])
+
+
+def test_combined_rewards_may_mix_tokens_and_completions():
+    def per_token(completions, completion_ids, **columns):
+        return [[1.0] * len(ids) for ids in completion_ids]
+
+    combined = CombinedReward(
+        [
+            RewardPart(per_token, 2.0, name="tokens"),
+            RewardPart(count_a, 0.5, name="count"),
+            RewardPart(lambda completions, **columns: [float("b" in text) for text in completions], role="gate"),
+        ]
+    )
+    rollout = make_collector(generator=Scripted([A, END], [A, A, B, END]), reward=combined).collect()
+    assert rollout.rewards[0].tolist() == [0.0, 0.0, 0.0, 0.0]  # no b: the gate is closed
+    assert rollout.rewards[1].tolist() == [2.0, 2.0, 2.0, 3.0]  # .5 x two a's on the last token
+
+
+def test_the_parts_of_a_combined_reward_reach_the_rollout():
+    combined = CombinedReward(
+        [
+            RewardPart(count_a, 2.0),
+            RewardPart(lambda completions, **columns: [float("b" in text) for text in completions], role="gate"),
+            RewardPart(lambda completions, **columns: [-float(len(text)) for text in completions], 0.1, "penalty"),
+        ]
+    )
+    rollout = make_collector(generator=Scripted([A, END], [A, A, B, END]), reward=combined).collect()
+    assert rollout.reward_parts[:2].tolist() == [[0.0, -1.0], [2.0, -3.0]]
+    assert rollout.part_weights == (2.0, 0.1)
+    assert rollout.scores[:2].tolist() == pytest.approx([-0.1, 3.7])
+    with_shaping = make_collector(
+        generator=Scripted([A, END], [A, A, B, END]), reward=combined, config={"shaping": {"overlong_buffer": 2}}
+    ).collect()
+    assert with_shaping.reward_parts[1].tolist() == pytest.approx([2.0, -3.0, -1.0])
+    assert with_shaping.part_weights == (2.0, 0.1, 1.0)
+
+
+def test_remax_asks_for_one_greedy_completion_per_prompt():
+    seen = []
+
+    class Watching(Scripted):
+        def generate(self, prompt_ids, prompt_mask, *, group_size=1, sampling, generator=None):
+            seen.append((len(prompt_ids), group_size, sampling.greedy))
+            self.completions = [[A, A, END]] if sampling.greedy else [[A, END], [B, END]]
+            return super().generate(prompt_ids, prompt_mask, group_size=group_size, sampling=sampling)
+
+    rollout = make_collector(generator=Watching(), algorithm=ALGORITHMS["remax"]).collect()
+    assert seen == [(2, 2, False), (2, 1, True)]
+    assert rollout.baselines.tolist() == [2.0] * 4
+    assert rollout.scores.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert rollout.metrics["rollout/greedy_reward_mean"] == 2.0
+    assert make_collector(generator=Scripted([A, END])).collect().baselines is None
+
+
+def test_gdpo_needs_parts_that_shaping_leaves_alone():
+    with pytest.raises(ConfigError, match="compares the parts of a reward, and there is one function only"):
+        make_collector(algorithm=ALGORITHMS["gdpo"])
+    with pytest.raises(ConfigError, match="score_clip and missing_end_score"):
+        make_collector(
+            reward=CombinedReward([(count_a, 1.0)]),
+            algorithm=ALGORITHMS["gdpo"],
+            config={"shaping": {"score_clip": 1.0}},
+        )
+
+
+def test_refills_are_counted():
+    """Uniform scores: all four rounds are used, three of them refills."""
+    config = {"dynamic_sampling": DynamicSampling(max_rounds=4)}
+    metrics = make_collector(generator=Scripted([A, END]), config=config).collect().metrics
+    assert metrics["rollout/rounds"] == 4.0
+    assert metrics["rollout/refills"] == 3.0
+    assert metrics["rollout/uniform_groups_fraction"] == 1.0
+    assert metrics["rollout/uniform_groups_kept_fraction"] == 1.0

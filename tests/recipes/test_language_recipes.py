@@ -28,6 +28,10 @@ def share_of_a(completions, **columns) -> list[float]:
     return [text.count("a") / (len(text) + 1) for text in completions]
 
 
+def shortness(completions, **columns) -> list[float]:
+    return [1 / (len(text) + 1) for text in completions]
+
+
 def settings(folder: Path, **changes) -> dict:
     """Sixteen completions an iteration, so that dapo's sixteen minibatches have a row each."""
     return {
@@ -51,7 +55,8 @@ def run(recipe: str, values: dict) -> dict[str, float]:
 @pytest.mark.parametrize("preset", ALGORITHMS)
 def test_every_preset_trains_a_language_model(preset, tmp_path):
     recipe = "grpo" if ALGORITHMS[preset].needs_groups else "ppo_rlhf"
-    metrics = run(recipe, settings(tmp_path, algorithm=preset))
+    changes = {"reward": [{"function": f"{__file__}:share_of_a"}, {"function": f"{__file__}:shortness"}]}
+    metrics = run(recipe, settings(tmp_path, algorithm=preset, **changes if preset == "gdpo" else {}))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2]
     numbers = {name: value for name, value in lines[0].items() if isinstance(value, float)}
