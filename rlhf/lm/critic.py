@@ -25,7 +25,9 @@ from rlhf.lm.adapters import AdapterCritic, add_critic_adapter
 from rlhf.lm.loading import ModelConfig, load_causal_lm
 
 SCORING_SETTINGS = "reward_model"
-"""Entry of a reward model's `config.json`, and name of the file beside its adapter, with its normalisation."""
+"""Entry of a reward model's config with its normalisation."""
+ADAPTED_CONFIG = "reward_model_config.json"
+"""That config, in a folder of adapters."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -131,15 +133,15 @@ def read_reward_adapter(folder: str | Path) -> tuple[Any, dict[str, Tensor], Ten
             "no adapter of a reward model",
             where=str(folder),
             expected="adapter_config.json of task type SEQ_CLS, and " + ADAPTER_WEIGHTS,
-            remedy="Train the reward model with model.lora and save its adapter with `save_reward_adapter`.",
+            remedy="Train the reward model with model.lora and keep its adapters apart when saving.",
         )
     weights = load_file(folder / ADAPTER_WEIGHTS)
     heads = [tensor for name, tensor in weights.items() if name.endswith("score.weight")]
     if len(heads) != 1:
         raise ModelError("the reward model's adapter lacks its head", where=str(folder), got=f"{len(heads)} heads")
-    file = folder / f"{SCORING_SETTINGS}.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return PeftConfig.from_pretrained(str(folder)), weights, heads[0], settings
+    file = folder / ADAPTED_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return PeftConfig.from_pretrained(str(folder)), weights, heads[0], config.get(SCORING_SETTINGS) or {}
 
 
 def _critic_from_adapter(path: Path, policy_model: Any) -> AdapterCritic:

@@ -101,7 +101,7 @@ def examine(evidence: Evidence, *, allow: Sequence[CheckName] = ()) -> list[Find
         evidence: Of the first rollout, over all processes.
         allow: Checks whose refusals become warnings.
     """
-    findings = [
+    findings: list[Finding | None] = [
         check_ratio(evidence),
         check_kl(evidence),
         check_generator(evidence),
@@ -112,13 +112,9 @@ def examine(evidence: Evidence, *, allow: Sequence[CheckName] = ()) -> list[Find
         check_end_token(evidence),
         check_entropy(evidence),
     ]
-    return [
-        finding.model_copy(update={"verdict": "warning"})
-        if finding is not None and finding.verdict == "refused" and finding.name in allow
-        else finding
-        for finding in findings
-        if finding is not None
-    ]
+    found = [finding for finding in findings if finding is not None]
+    allowed = {"verdict": "warning"}
+    return [f.model_copy(update=allowed) if f.verdict == "refused" and f.name in allow else f for f in found]
 
 
 # --- the checks ---------------------------------------------------------------------------------------------------
