@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from rlhf.config import Config
 
 Activation = Literal["tanh", "relu"]
+Initialization = Literal["orthogonal", "uniform"]
 
 
 class NetworkConfig(Config):
@@ -29,6 +30,8 @@ class NetworkConfig(Config):
     small networks, which is mostly the cost of single operations. torch leaves it to torch, higher derivatives too."""
     initial_log_std: float = 0.0
     """Box actions: where the free log standard deviations start; 0 is a standard deviation of 1."""
+    initialization: Initialization = "orthogonal"
+    """orthogonal starts weights orthogonal and the actor's last layer 100 times smaller; uniform is torch's default."""
 
 
 class MLP(nn.Module):
@@ -36,13 +39,15 @@ class MLP(nn.Module):
 
     Weights start orthogonal with gain sqrt 2 (hidden) and `output_gain`, biases at 0: 0.01 for an actor gives
     nearly equal probabilities, 1 suits a critic (Engstrom et al. 2020, https://arxiv.org/abs/2005.12729; Andrychowicz
-    et al. 2021, https://arxiv.org/abs/2006.05990).
+    et al. 2021, https://arxiv.org/abs/2006.05990). Or they start as torch's `Linear` does, uniform within
+    +-1 / sqrt(inputs) (ortho_init=False of Stable-Baselines3).
 
     Args:
         sizes: Inputs, hidden widths, outputs.
         activation: Between the layers.
         output_gain: Gain of the last layer.
         kernel: See `NetworkConfig.kernel`.
+        initialization: See `NetworkConfig.initialization`.
     """
 
     def __init__(
@@ -52,10 +57,13 @@ class MLP(nn.Module):
         activation: Activation = "tanh",
         output_gain: float = 1.0,
         kernel: Literal["auto", "torch"] = "auto",
+        initialization: Initialization = "orthogonal",
     ) -> None:
         super().__init__()
         self.activation, self.kernel = activation, kernel
         self.layers = nn.ModuleList(nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes))
+        if initialization == "uniform":
+            return
         gains = [math.sqrt(2)] * (len(self.layers) - 1) + [output_gain]
         for layer, gain in zip(self.layers, gains, strict=True):
             nn.init.orthogonal_(layer.weight, gain)

@@ -166,7 +166,13 @@ class TrustRegionLearner:
         self.updates = 0
 
     def update(
-        self, experience: Experience, *, kl_coef: float = 0.0, progress: float = 0.0, progress_step: float = 0.0
+        self,
+        experience: Experience,
+        *,
+        kl_coef: float = 0.0,
+        progress: float = 0.0,
+        progress_step: float = 0.0,
+        critic_only: bool = False,
     ) -> dict[str, float]:
         """Learn from one experience.
 
@@ -175,6 +181,7 @@ class TrustRegionLearner:
             kl_coef: The multiplier of trpo_dual.
             progress: Share of the run that is done; nothing here is scheduled.
             progress_step: Likewise.
+            critic_only: Leave the policy as it is.
 
         Returns:
             "kl_to_old_after": mean KL(old || new), exact per state, nats. "surrogate_gain": L(new) - L(old).
@@ -186,7 +193,7 @@ class TrustRegionLearner:
         """
         facts = measure_experience(experience, reduce=self.reduce)
         batch = experience.to(self.accelerator.device).flatten_actions()
-        metrics = self._improve(batch, actions=facts["actions"], multiplier=kl_coef)
+        metrics = {} if critic_only else self._improve(batch, actions=facts["actions"], multiplier=kl_coef)
         zeros = torch.zeros_like(batch.advantages)
         critic = self._critic.update(replace(batch, advantages=zeros, old_log_probs=zeros))
         self.updates += 1

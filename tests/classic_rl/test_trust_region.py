@@ -254,6 +254,14 @@ def test_the_critic_takes_its_own_steps():
     assert error() < 0.3
 
 
+def test_the_critic_can_be_trained_alone():
+    policy = make_policy()
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    TrustRegionLearner(policy, Trpo()).update(make_experience(policy), critic_only=True)
+    moved = {name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if name.startswith("critic.")}
+
+
 def test_errors_are_told():
     space = gymnasium.spaces.Box(-1, 1, (3,))
     with pytest.raises(ConfigError, match="critic"):
