@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def add_critic_adapter(model: Any, *, settings: Any = None, weights: Mapping[str
         )
     _add(model, CRITIC, model.peft_config[POLICY] if settings is None else settings)
     if weights is not None:
-        _fill(model, CRITIC, weights)
+        _fill(model, CRITIC, weights, settings=settings)
     _require_gradient(model, CRITIC, True)
 
 
@@ -112,7 +113,7 @@ def add_frozen_adapter(model: Any, settings: Any, weights: Mapping[str, Tensor],
     """
     require_adapters(model, where=f"adapter {name!r}")
     _add(model, name, settings)
-    _fill(model, name, weights)
+    _fill(model, name, weights, settings=settings)
     _require_gradient(model, name, False)
 
 
@@ -129,9 +130,10 @@ def _add(model: Any, name: str, settings: Any) -> None:
     unwrap_adapters(model).eval()
 
 
-def _fill(model: Any, name: str, weights: Mapping[str, Tensor]) -> None:
+def _fill(model: Any, name: str, weights: Mapping[str, Tensor], *, settings: Any) -> None:
     from peft import set_peft_model_state_dict
 
+    _require_same_backbone(model, settings, name)
     lora = {key: tensor for key, tensor in weights.items() if ".lora_" in key}
     own = [key for key, _ in model.named_parameters() if f".{name}." in key]
     try:
@@ -146,6 +148,20 @@ def _fill(model: Any, name: str, weights: Mapping[str, Tensor]) -> None:
             where=f"adapter {name!r}",
             got=f"{len(lora)} tensors for the {len(own)} places of this model",
             remedy="Train the reward model with LoRA on the model that the policy starts from.",
+        )
+
+
+def _require_same_backbone(model: Any, settings: Any, name: str) -> None:
+    """Low-rank changes to other weights would be noise, and their shapes do not tell."""
+    trained_on, here = str(settings.base_model_name_or_path or ""), str(unwrap_adapters(model).name_or_path or "")
+    if Path(trained_on).resolve() != Path(here).resolve():
+        raise ModelError(
+            "the adapter was trained on another backbone",
+            where=f"adapter {name!r}",
+            got=here or "a fresh model",
+            expected=trained_on or "a model that was saved before",
+            remedy="Train the reward model with LoRA on the model that the policy starts from. If that folder has only "
+            "moved, correct base_model_name_or_path in adapter_config.json.",
         )
 
 
