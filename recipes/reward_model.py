@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from reward_models.loading import make_reward_model, prepare_tokenizer
+from reward_models.model import Adapters
 from reward_models.procedural import rank_random_answers
 from reward_models.recording import optimize_reward_model
 from reward_models.scorer import RewardModelScorer
-from reward_models.settings import RewardModelConfig
+from reward_models.settings import Normalization, RewardModelConfig
 from reward_models.trainer import make_trainer
 from rlhf.cli import launch
 from rlhf.config import Config
@@ -43,8 +44,10 @@ class RewardModelRunConfig(Config):
     context_factor: float = Field(1.0, ge=1)
     """Lengthens the context so many times by interpolating rotary positions (see `extend_context`)."""
     training: RewardModelConfig = RewardModelConfig()
-    normalize: bool = True
-    """Give scores mean 0 and standard deviation 1 on the training completions, as RL wants them."""
+    normalization: Normalization | None = Normalization()
+    """Gives scores mean 0 and standard deviation 1, as RL wants them; null keeps the raw scores."""
+    adapters: Adapters = "merge"
+    """How a model trained with `model.lora` is saved: merge needs no base, keep is small and needs its base."""
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -86,8 +89,8 @@ def main(config: RewardModelRunConfig) -> dict[str, float]:
     )
     metrics = optimize_reward_model(trainer, run)
     if trainer.accelerator.is_main_process:
-        scorer = RewardModelScorer.from_trainer(trainer, normalize=config.normalize)
-        scorer.save_pretrained(run.directory / "reward_model")
+        scorer = RewardModelScorer.from_trainer(trainer, normalization=config.normalization)
+        scorer.save_pretrained(run.directory / "reward_model", adapters=config.adapters)
         run.say(f"saved to {run.directory / 'reward_model'}")
     return metrics
 

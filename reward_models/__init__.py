@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from reward_models.collation import EncodedRanking, RankingCollator, encode_rankings
     from reward_models.ensemble import EnsembleScorer, combine_scores
     from reward_models.evaluation import evaluate_scores, score_rankings
+    from reward_models.judging import draw_reliability, judge, score_with
     from reward_models.loading import make_reward_model, prepare_tokenizer
     from reward_models.losses import (
         AllPairs,
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from reward_models.model import RewardModel
     from reward_models.procedural import rank_random_answers
     from reward_models.recording import optimize_reward_model
+    from reward_models.reward_bench import benchmark_table
     from reward_models.scorer import RewardModelScorer
-    from reward_models.settings import Centering, RewardModelConfig
+    from reward_models.settings import Centering, Normalization, RewardModelConfig
     from reward_models.trainer import RankingTrainer, make_trainer, train_reward_model
 
 _MODULES = {
@@ -38,6 +40,7 @@ _MODULES = {
     "ensemble": ("EnsembleScorer", "combine_scores"),
     "evaluation": ("evaluate_scores", "score_rankings"),
     "loading": ("make_reward_model", "prepare_tokenizer"),
+    "judging": ("draw_reliability", "judge", "score_with"),
     "losses": (
         "AllPairs",
         "BestOf",
@@ -51,8 +54,9 @@ _MODULES = {
     "model": ("RewardModel",),
     "procedural": ("rank_random_answers",),
     "recording": ("optimize_reward_model",),
+    "reward_bench": ("benchmark_table",),
     "scorer": ("RewardModelScorer",),
-    "settings": ("Centering", "RewardModelConfig"),
+    "settings": ("Centering", "Normalization", "RewardModelConfig"),
     "trainer": ("RankingTrainer", "make_trainer", "train_reward_model"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -64,6 +68,7 @@ __all__ = [
     "EncodedRanking",
     "EnsembleScorer",
     "Margin",
+    "Normalization",
     "PlackettLuce",
     "RankingCollator",
     "RankingTrainer",
@@ -71,11 +76,14 @@ __all__ = [
     "RewardModelConfig",
     "RewardModelScorer",
     "__version__",
+    "benchmark_table",
     "best_of_loss",
     "centering_loss",
     "combine_scores",
+    "draw_reliability",
     "encode_rankings",
     "evaluate_scores",
+    "judge",
     "make_reward_model",
     "make_trainer",
     "optimize_reward_model",
@@ -84,6 +92,7 @@ __all__ = [
     "prepare_tokenizer",
     "rank_random_answers",
     "score_rankings",
+    "score_with",
     "train_reward_model",
 ]
 

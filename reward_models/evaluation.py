@@ -83,12 +83,20 @@ def evaluate_scores(scores: Tensor, rankings: Sequence[EncodedRanking], *, seed:
         scores highest), `kendall_tau`, `calibration_error`, `length_correlation`, `pairs`, `prompts`.
     """
     batch = RankingCollator(0)(rankings)
-    ranks, mask = batch["ranks"], batch["mask"]
     lengths = scatter_scores(torch.tensor([float(size) for one in rankings for size in one.lengths]), batch)
+    return evaluate_table(scores, batch["ranks"], mask=batch["mask"], lengths=lengths, seed=seed)
+
+
+def evaluate_table(scores: Tensor, ranks: Tensor, *, mask: Tensor, lengths: Tensor, seed: int = 0) -> dict[str, float]:
+    """Measure scores against ranks and lengths, all [P, K]; see `evaluate_scores`.
+
+    Raises:
+        DataError: No two candidates differ in rank.
+    """
     won, pairs = pair_outcomes(scores, ranks, mask=mask)
     won_by_length, _ = pair_outcomes(lengths, ranks, mask=mask)
     if int(pairs.sum()) == 0:
-        raise DataError("no pair of different rank to evaluate on", where="held-out rankings", got=len(rankings))
+        raise DataError("no pair of different rank to evaluate on", where="held-out rankings", got=len(ranks))
     ours, length = bootstrap_accuracy(won, pairs, seed=seed), bootstrap_accuracy(won_by_length, pairs, seed=seed)
     over = bootstrap_accuracy(won - won_by_length, pairs, seed=seed)
     return {
@@ -109,7 +117,7 @@ def evaluate_scores(scores: Tensor, rankings: Sequence[EncodedRanking], *, seed:
         "score_mean": scores[mask].mean().item(),
         "score_std": scores[mask].std(correction=0).item(),
         "pairs": float(ours.pairs),
-        "prompts": float(len(rankings)),
+        "prompts": float(len(ranks)),
     }
 
 
@@ -160,19 +168,47 @@ def kendall_tau(scores: Tensor, ranks: Tensor, *, mask: Tensor) -> float:
     return tau[defined].mean().item() if bool(defined.any()) else 0.0
 
 
-def calibration_error(scores: Tensor, ranks: Tensor, *, mask: Tensor, bins: int = 10) -> float:
-    """Expected calibration error of sigmoid(score gap) as the probability that the higher score wins.
+class Reliability(NamedTuple):
+    """Pairs binned by how sure the scores are of them."""
 
-    Bins of equal width over [0.5, 1]; each contributes |accuracy - mean confidence| by its share of pairs.
-    Source: Guo et al. 2017 (arXiv 1706.04599, equation 3).
+    confidence: Tensor
+    """[bins] mean sigmoid(|score gap|) of a bin's pairs; 0 where it has none."""
+    accuracy: Tensor
+    """[bins] share of them that the higher score wins."""
+    pairs: Tensor
+    """[bins] how many."""
+
+    def error(self) -> float:
+        """Expected calibration error: |accuracy - confidence| of each bin, weighted by its pairs.
+
+        Source: Guo et al. 2017 (arXiv 1706.04599, equation 3).
+        """
+        total = self.pairs.sum().clamp(min=1)
+        return ((self.accuracy - self.confidence).abs() * self.pairs).sum().div(total).item()
+
+
+def reliability(scores: Tensor, ranks: Tensor, *, mask: Tensor, bins: int = 10) -> Reliability:
+    """Bin pairs by sigmoid(score gap), the probability that the higher score wins under Bradley-Terry.
+
+    Bins of equal width over [0.5, 1]; a tied score counts half.
+    Source: Guo et al. 2017 (arXiv 1706.04599, section 2).
     """
     wins = better_than(ranks, mask)
     gaps = (scores.unsqueeze(2) - scores.unsqueeze(1))[wins].double()
     confidence = torch.sigmoid(gaps.abs())
     right = (gaps > 0).double() + 0.5 * (gaps == 0).double()
     bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    excess = torch.zeros(bins, dtype=torch.float64).index_add(0, bin_of, right - confidence)
-    return (excess.abs().sum() / max(len(gaps), 1)).item()
+
+    def sums(values: Tensor) -> Tensor:
+        return torch.zeros(bins, dtype=torch.float64).index_add(0, bin_of, values)
+
+    pairs = sums(torch.ones_like(gaps))
+    return Reliability(sums(confidence) / pairs.clamp(min=1), sums(right) / pairs.clamp(min=1), pairs)
+
+
+def calibration_error(scores: Tensor, ranks: Tensor, *, mask: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of sigmoid(score gap) as the probability that the higher score wins."""
+    return reliability(scores, ranks, mask=mask, bins=bins).error()
 
 
 def within_prompt_correlation(scores: Tensor, lengths: Tensor, *, mask: Tensor) -> float:

@@ -14,7 +14,9 @@ from reward_models.collation import encode_candidate
 from reward_models.evaluation import score_sequences
 from reward_models.loading import SCORING_SETTINGS, open_classifier
 from reward_models.model import Adapters, RewardModel
+from reward_models.settings import Normalization
 from reward_models.trainer import RankingTrainer
+from rlhf.data.loading import load_demonstrations
 from rlhf.data.records import Text
 from rlhf.errors import ModelError, RewardError
 from rlhf.lm.loading import DTYPES
@@ -62,14 +64,24 @@ class RewardModelScorer:
         self.__name__ = "reward_model"  # reward functions are logged by their name
 
     @classmethod
-    def from_trainer(cls, trainer: RankingTrainer, *, normalize: bool = True, batch_tokens: int = 16_384) -> Self:
+    def from_trainer(
+        cls,
+        trainer: RankingTrainer,
+        *,
+        normalization: Normalization | None = Normalization(),  # noqa: B008  # frozen
+        batch_tokens: int = 16_384,
+    ) -> Self:
         """Make the scorer of a trained model, with the limits it was trained under.
 
         Args:
             trainer: After training.
-            normalize: Give scores mean 0 and standard deviation 1 over the candidates it was trained on (at most 512 of
-                them, evenly spaced). Before RL, `normalize_on` samples of the model that RL starts from.
+            normalization: On what scores get mean 0 (and standard deviation 1); None leaves them as they are. Before
+                RL, `normalize_on` samples of the model that RL starts from.
             batch_tokens: Tokens, padding included, in one forward.
+
+        Raises:
+            RewardError: All reference completions score the same.
+            DataError: The references cannot be read.
         """
         scorer = cls(
             trainer.reward_model,
@@ -78,11 +90,16 @@ class RewardModelScorer:
             truncate=trainer.settings.overlong == "truncate",
             batch_tokens=batch_tokens,
         )
-        if normalize:
+        if normalization is None:
+            return scorer
+        if normalization.references is not None:
+            rows = load_demonstrations(normalization.references)
+            raw = torch.tensor(scorer.raw_scores([row.prompt for row in rows], [row.completion for row in rows]))
+        else:
             sequences = [ids for ranking in trainer.rankings for ids in ranking.sequences]
             sequences = sequences[:: -(-len(sequences) // REFERENCES)]
             raw = score_sequences(scorer.model, sequences, pad_id=trainer.pad_id, batch_tokens=batch_tokens)
-            scorer._normalize(raw, unit_variance=True)
+        scorer._normalize(raw, unit_variance=normalization.unit_variance)
         return scorer
 
     @classmethod

@@ -16,6 +16,7 @@ from reward_models.losses import AllPairs, Margin, RankingLossConfig, centering_
 from reward_models.model import RewardModel
 from rlhf.config import Config
 from rlhf.data.records import Ranking
+from rlhf.data.settings import DataConfig
 from rlhf.errors import ConfigError, DataError
 
 
@@ -26,6 +27,16 @@ class Centering(Config):
     """Weight of the penalty beside the ranking loss."""
     form: Literal["squares", "pair_sums"] = "squares"
     """squares: mean of s^2; pair_sums: mean over pairs of (s_i + s_j)^2, as Eisenstein et al. 2023 for K = 2."""
+
+
+class Normalization(Config):
+    """Gives scores a zero point and a unit after training, which a loss on differences leaves undetermined."""
+
+    unit_variance: bool = True
+    """Scale to standard deviation 1 too; false shifts the mean to 0 and keeps the unit of the ranking loss."""
+    references: DataConfig | None = None
+    """Demonstrations `{prompt, completion}` on which mean and deviation are taken, such as samples of the model that RL
+    starts from; null takes the candidates of training, at most 512 of them."""
 
 
 class RewardModelConfig(Config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,8 @@ from rlhf.data.settings import DataConfig
 from rlhf.errors import DataError
 
 Values = dict[str, Any]
+
+_READ = ("prompt", "completions", "ranks", "scores", "chosen", "rejected")
 
 ASSISTANT_MARKER = "\n\nAssistant:"
 """Where an answer begins in the dialogues of Anthropic's hh-rlhf."""
@@ -43,7 +46,7 @@ def read_ranking(values: Values, *, where: str, data: DataConfig) -> Ranking:
             got=ranking.scores or ranking.ranks,
             remedy="Set `tied: keep` or `tied: drop`.",
         )
-    return ranking
+    return replace(ranking, columns={name: value for name, value in values.items() if name not in _READ})
 
 
 def _read_list(values: Values, where: str, data: DataConfig) -> Ranking:

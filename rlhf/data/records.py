@@ -85,6 +85,8 @@ class Ranking:
     scores: tuple[float, ...] | None = None
     """The scores the ranks came from, higher is better; None where the file had only an order."""
     source: str = field(default="", compare=False, repr=False)
+    columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Every other column of the row, such as a benchmark's `subset`."""
 
     def __post_init__(self) -> None:
         check_text(self.prompt, "prompt")

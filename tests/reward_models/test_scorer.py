@@ -68,7 +68,7 @@ def test_score_in_training_is_the_score_in_rl(tmp_path, reward_model, tokenizer,
     trainer = make_trainer(reward_model, tokenizer, rankings, held_out=rankings, settings=settings)
     trainer.train()
     seen = score_rankings(reward_model, trainer.rankings, pad_id=trainer.pad_id)
-    RewardModelScorer.from_trainer(trainer, normalize=False).save_pretrained(tmp_path)
+    RewardModelScorer.from_trainer(trainer, normalization=None).save_pretrained(tmp_path)
     scorer = RewardModelScorer.from_pretrained(tmp_path)
     for row, ranking in enumerate(rankings):
         number = len(ranking.completions)
