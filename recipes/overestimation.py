@@ -1,0 +1,47 @@
+"""Why max over Q is too large: Double DQN's two figures, and predicted beside realised values while learning."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import Field
+
+from classic_rl.off_policy_experiments import OffPolicyGrid, run_grid
+from classic_rl.overestimation_report import report
+from rlhf.cli import launch
+from rlhf.config import Config
+from rlhf.training.run import Run, RunConfig
+
+
+class OverestimationConfig(Config):
+    """How many draws behind figure 1, and which agents learn where."""
+
+    draws: int = Field(100, ge=1)
+    """Repetitions behind each bar of figure 1; the paper's are 100."""
+    grid: OffPolicyGrid
+    jobs: int = Field(2, ge=1)
+    """Runs at a time, each in a process with one thread."""
+    run: RunConfig = RunConfig()
+
+
+def main(config: OverestimationConfig) -> dict[str, float]:
+    """Write `table.md`, three figures and `results.json` into the run directory."""
+    run = Run(config.run, resolved=config, iterations=0, recipe="overestimation")
+    results = run_grid(config.grid, directory=run.directory, jobs=config.jobs, name="overestimation")
+    table, numbers = report(results, directory=run.directory, draws=config.draws)
+    (run.directory / "table.md").write_text(table, encoding="utf-8")
+    (run.directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    run.say(table)
+    return run.finish(
+        **{
+            f"error/{name} {kind}": value
+            for name, row in numbers["polynomial_fits"].items()
+            for kind, value in row.items()
+        }
+    )
+
+
+CONFIG = OverestimationConfig
+
+if __name__ == "__main__":
+    launch(__file__)

@@ -1,0 +1,39 @@
+"""The pieces of Rainbow, each added to DQN alone and each left out of all: learning curves and a table."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import Field
+
+from classic_rl.off_policy_experiments import OffPolicyGrid, run_grid
+from classic_rl.rainbow_report import report
+from rlhf.cli import launch
+from rlhf.config import Config
+from rlhf.training.run import Run, RunConfig
+
+
+class RainbowConfig(Config):
+    """Which pieces, where, for how long."""
+
+    grid: OffPolicyGrid
+    jobs: int = Field(2, ge=1)
+    """Runs at a time, each in a process with one thread."""
+    run: RunConfig = RunConfig()
+
+
+def main(config: RainbowConfig) -> dict[str, float]:
+    """Write `table.md`, `figure.png` and `results.json` into the run directory."""
+    run = Run(config.run, resolved=config, iterations=0, recipe="rainbow")
+    results = run_grid(config.grid, directory=run.directory, jobs=config.jobs, name="rainbow")
+    table, numbers = report(results, directory=run.directory)
+    (run.directory / "table.md").write_text(table, encoding="utf-8")
+    (run.directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    run.say(table)
+    return run.finish(**{f"late/{name}": sum(row["late"]) / len(row["late"]) for name, row in numbers.items()})
+
+
+CONFIG = RainbowConfig
+
+if __name__ == "__main__":
+    launch(__file__)
