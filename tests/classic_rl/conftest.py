@@ -10,17 +10,23 @@ import pytest
 import torch
 
 
-def _load_counting():
-    # import-mode=importlib gives test modules no package, so the environments are loaded by path.
-    name = "classic_rl_test_environments"
+def _load(name, file):
+    # import-mode=importlib gives test modules no package, so what they share is loaded by path.
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("counting.py"))
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
 
 
-_load_counting().register()
+_load("classic_rl_test_environments", "counting.py").register()
+_load("classic_rl_test_continuous", "continuous.py").register()
+
+
+@pytest.fixture
+def continuous():
+    """Agents of `continuous.py`."""
+    return _load("classic_rl_test_continuous", "continuous.py")
 
 
 @pytest.fixture(autouse=True)
