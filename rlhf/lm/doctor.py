@@ -86,6 +86,9 @@ class Doctor:
         if self._run.accelerator.is_main_process:
             write_record(self._run.directory / "doctor.json", findings)
         self._run.show(as_table(findings))
+        for finding in findings:
+            if finding.verdict != "ok":
+                self._run.say(f"  {finding.name}: {finding.remedy}.")
         refuse(findings)
         return None
 
@@ -270,14 +273,13 @@ def write_record(path: Path, findings: Sequence[Finding]) -> None:
 
 
 def as_table(findings: Sequence[Finding]) -> Table:
-    """What was found, for the console."""
+    """What was found, for the console; the remedies are told below it."""
     table = Table(title="before the first update", title_justify="left")
-    for header in ("check", "found", "verdict", "what to do"):
+    for header in ("check", "found", "verdict"):
         table.add_column(header, overflow="fold")
     colours = {"ok": "green", "warning": "yellow", "refused": "red"}
     for finding in findings:
-        verdict = f"[{colours[finding.verdict]}]{finding.verdict}[/]"
-        table.add_row(finding.name, finding.measured, verdict, finding.remedy.replace("[", "\\["))
+        table.add_row(finding.name, finding.measured, f"[{colours[finding.verdict]}]{finding.verdict}[/]")
     return table
 
 

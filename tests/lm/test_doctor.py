@@ -12,7 +12,7 @@ from rlhf.core.estimate import estimate
 from rlhf.core.presets import ALGORITHMS
 from rlhf.errors import TrainingError
 from rlhf.lm.actors import make_generator
-from rlhf.lm.doctor import Doctor, DoctorConfig, as_table, examine
+from rlhf.lm.doctor import Doctor, DoctorConfig, examine
 from rlhf.lm.evidence import gather_evidence
 from rlhf.lm.loading import LoraSettings, ModelConfig, add_lora, character_tokenizer, load_causal_lm
 from rlhf.lm.policy import LanguageModelPolicy
@@ -238,11 +238,9 @@ def test_the_doctor_changes_nothing(tmp_path):
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
-def test_the_table_shows_every_finding_with_brackets_as_they_are():
-    findings = list(diagnose(limit=1).values())
-    from rich.console import Console
-
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(as_table(findings))
-    text = console.export_text()
-    assert all(finding.name in text for finding in findings)
+def test_the_console_gets_a_table_and_the_remedies(tmp_path, capsys):
+    doctor, rollout, experience = make_doctor(tmp_path, limit=1)
+    doctor.before_update(1, rollout, experience)
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("ratio", "generator", "reward_varies", "end_token"))
+    assert "limit: most answers are judged unfinished: raise collector.sampling.max_completion_length" in said

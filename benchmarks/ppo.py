@@ -1,0 +1,285 @@
+"""One PPO step, ours against TRL 1.12's experimental PPOTrainer, the last one there was: side by side.
+
+    python -m venv /tmp/trl112
+    /tmp/trl112/bin/pip install trl==1.12.0 transformers==5.23.0 torch==2.13.0
+    python benchmarks/ppo.py --peer-python /tmp/trl112/bin/python      # writes benchmarks/results/ppo.{md,json}
+    python benchmarks/ppo.py --peer-python /tmp/trl112/bin/python --cases tiny_32 --steps 20
+
+TRL 1.16, which this project is installed with, has no PPO; hence a virtual environment of its own, and a process of its
+own. The two take turns, step by step, so that a busy machine slows both alike. Both start from the same folders on the
+CPU in float32: a policy, its frozen copy as the reference, a reward model, and a critic of its own that starts from the
+reward model. A step is 64 completions of 64 prompts, KL in the reward (k1, 0.05), GAE, one optimizer step an epoch.
+Ours scores text with the reward model as a recipe does (decode, tokenize again), TRL scores token ids.
+
+Cases `*_32` and `*_128` run every completion to that limit: the end token has a probability of 1e-9. In `tiny_ends` the
+model ends a completion after 40 tokens on average, 128 at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+ROWS, PROMPT_LENGTH = 64, 16
+LEARNING_RATE = 1e-6
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "tiny": ({"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}, 512),
+    "small": ({"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}, 8192),
+}
+NEVER = 1e9
+CASES = {
+    "tiny_32": ("tiny", 32, NEVER),
+    "tiny_128": ("tiny", 128, NEVER),
+    "tiny_ends": ("tiny", 128, 40.0),
+    "small_128": ("small", 128, NEVER),
+}
+
+
+def make_folders(folder: Path, case: str) -> list[str]:
+    """Write a random policy and a random reward model with one token per character; returns prompts of equal length."""
+    from reward_models.loading import make_reward_model
+    from reward_models.scorer import RewardModelScorer
+    from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm
+
+    name, limit, mean_length = CASES[case]
+    shape, vocabulary = SHAPES[name]
+    letters = [chr(0x4E00 + index) for index in range(vocabulary - 3)]
+    tokenizer = character_tokenizer("".join(letters))
+    torch.manual_seed(0)
+    settings = {"model_type": "llama", **shape, "max_position_embeddings": PROMPT_LENGTH + limit + 8}
+    model: Any = load_causal_lm(ModelConfig(config=settings), tokenizer)
+    set_end_probability(model, int(tokenizer.eos_token_id), vocabulary, mean_length)  # type: ignore[arg-type]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    reward_model = make_reward_model(ModelConfig(config=settings), tokenizer, seed=1)
+    RewardModelScorer(reward_model, tokenizer).save_pretrained(folder / "reward")
+    rows = torch.randint(len(letters), (512, PROMPT_LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
+    return ["".join(letters[index] for index in row) for row in rows]
+
+
+@torch.no_grad()
+def set_end_probability(model: Any, end: int, vocabulary: int, mean_length: float) -> None:
+    """Give the end token probability 1 / mean_length everywhere: one hidden dimension is held constant and feeds it."""
+    model.model.embed_tokens.weight[:, 0] = 1.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+    level = model.model(torch.randint(3, vocabulary, (32, 64)))[0][..., 0].mean()
+    model.lm_head.weight[:, 0] = 0.0
+    model.lm_head.weight[end] = 0.0
+    model.lm_head.weight[end, 0] = torch.log(torch.tensor(vocabulary / (mean_length - 1))) / level
+
+
+class Ours:
+    """One step of this toolkit."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        from reward_models.scorer import RewardModelScorer
+        from rlhf.core.algorithm import AlgorithmConfig
+        from rlhf.core.presets import resolve_algorithm
+        from rlhf.data.records import Prompt
+        from rlhf.lm.actors import make_actors
+        from rlhf.lm.collector import PromptCollector
+        from rlhf.lm.collector_config import CollectorConfig
+        from rlhf.lm.loading import ModelConfig
+        from rlhf.lm.sampling import SamplingConfig
+        from rlhf.training.distributed import make_accelerator
+        from rlhf.training.learner import Learner
+        from rlhf.training.update_config import UpdateConfig
+
+        accelerator = make_accelerator()
+        preset = {"preset": "ppo_rlhf", "epochs": settings["epochs"]}
+        self.algorithm = AlgorithmConfig.model_validate(resolve_algorithm(preset))
+        actors = make_actors(
+            ModelConfig(path=str(folder / "policy")),
+            self.algorithm,
+            temperature=1.0,
+            critic=str(folder / "reward"),
+            accelerator=accelerator,
+        )
+        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=2048, adam_epsilon=1e-8)
+        self.learner = Learner(actors.policy, self.algorithm, update, accelerator=accelerator)
+        sampling = SamplingConfig(max_completion_length=settings["limit"])
+        self.collector = PromptCollector(
+            [Prompt(text) for text in settings["prompts"]],
+            policy=actors.policy,
+            generator=actors.generator,
+            tokenizer=actors.tokenizer,
+            reward=RewardModelScorer.from_pretrained(folder / "reward"),
+            config=CollectorConfig(prompts_per_iteration=settings["rows"], sampling=sampling, samples=0),
+            reference=actors.reference,
+        )
+        self.lengths: list[float] = []
+
+    def step(self) -> dict[str, float]:
+        """Collect, credit, learn; returns the seconds it took, by the clock and of all threads."""
+        from rlhf.core.estimate import estimate
+
+        started, cpu = time.perf_counter(), time.process_time()
+        rollout = self.collector.collect()
+        self.learner.update(estimate(rollout, self.algorithm, kl_coef=0.05))
+        self.lengths.append(rollout.metrics["rollout/length_mean"])
+        return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+
+
+class Peer:
+    """TRL's trainer in a process of its own."""
+
+    def __init__(self, python: str, folder: Path, settings: dict[str, Any]) -> None:
+        script = str(Path(__file__).with_name("ppo_trl.py"))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
+        environment["TRL_EXPERIMENTAL_SILENCE"] = "1"
+        self._log = (folder / "peer.log").open("w+")
+        self._process = subprocess.Popen(
+            [python, script, "--folder", str(folder), "--settings", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        self._read_until_ready()
+
+    def _read_until_ready(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        told: dict[str, float] = {}
+        for line in self._process.stdout:
+            if line.startswith("STEP "):
+                told = json.loads(line.removeprefix("STEP "))
+            if line.strip() == "READY":
+                return told
+        self._log.seek(0)
+        sys.exit(f"the peer stopped:\n{self._log.read()[-3000:]}")
+
+    def step(self) -> dict[str, float]:
+        """Let it make one step."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._read_until_ready()
+
+    def stop(self) -> None:
+        """Let it go."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+
+
+def compare(case: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Time both sides, taking turns, and take the peak memory of a process for each."""
+    settings = {
+        "prompts": make_folders(folder, case),
+        "limit": CASES[case][1],
+        "rows": ROWS,
+        "epochs": options.epochs,
+        "threads": options.threads,
+        "learning_rate": LEARNING_RATE,
+    }
+    ours, peer = Ours(folder, settings), Peer(options.peer_python, folder, settings)
+    turns = [(peer.step(), ours.step()) for _ in range(options.warm_up + options.steps)]
+    peer.stop()
+    shown = turns[options.warm_up :]
+    return {
+        "case": case,
+        "steps": options.steps,
+        "epochs": options.epochs,
+        "trl_seconds": median(theirs["seconds"] for theirs, _ in shown),
+        "our_seconds": median(own["seconds"] for _, own in shown),
+        "ratio": median(theirs["seconds"] / own["seconds"] for theirs, own in shown),
+        "cpu_ratio": median(theirs["cpu"] / own["cpu"] for theirs, own in shown),
+        "trl_gib": max(theirs["gib"] for theirs, _ in turns),
+        "our_gib": measure_memory(folder, settings, steps=len(turns)),
+        "our_length_mean": sum(ours.lengths) / len(ours.lengths),
+    }
+
+
+def measure_memory(folder: Path, settings: dict[str, Any], *, steps: int) -> float:
+    """Peak resident GiB of a process that makes our steps alone."""
+    file = folder / "settings.json"
+    file.write_text(json.dumps(settings))
+    command = [sys.executable, __file__, "--alone", str(file), "--steps", str(steps)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1])
+
+
+def run_alone(file: Path, steps: int) -> None:
+    """Make our steps and print the peak memory."""
+    settings = json.loads(file.read_text())
+    torch.set_num_threads(settings["threads"])
+    ours = Ours(file.parent, settings)
+    for _ in range(steps):
+        ours.step()
+    # Not getrusage: its maximum is inherited from the parent through fork.
+    print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
+
+
+def write_results(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the table and the numbers behind it."""
+    lines = [
+        "# One PPO step: ours against TRL 1.12's PPOTrainer",
+        "",
+        f"64 prompts, one completion each, {options.epochs} epoch(s) of one optimizer step, separate critic, reward "
+        f"model, reference; CPU float32, {options.threads} threads, torch {torch.__version__}. Medians; the ratio is "
+        "the median over turns of TRL's time / ours, by the clock and in CPU seconds. Written by "
+        "`python benchmarks/ppo.py --peer-python PYTHON`.",
+        "",
+        "| case | TRL s | ours s | ratio | CPU ratio | peak GiB TRL / ours | our mean length |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['case']} | {r['trl_seconds']:.3f} | {r['our_seconds']:.3f} | {r['ratio']:.2f} "
+        f"| {r['cpu_ratio']:.2f} | {r['trl_gib']:.2f} / {r['our_gib']:.2f} | {r['our_length_mean']:.1f} |"
+        for r in results
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    name = "ppo" if options.epochs == 1 else f"ppo_{options.epochs}_epochs"
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    """Run the cases asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", help="Python of a virtual environment with TRL 1.12")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10, help="measured steps of each side")
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.alone:
+        return run_alone(options.alone, options.steps)
+    if not options.peer_python or not Path(options.peer_python).exists():
+        return print(
+            "skipped: TRL's last PPO trainer needs a virtual environment of its own. Make it with\n"
+            "    python -m venv /tmp/trl112\n"
+            "    /tmp/trl112/bin/pip install trl==1.12.0 transformers==5.23.0 torch==2.13.0\n"
+            "and pass --peer-python /tmp/trl112/bin/python"
+        )
+    torch.set_num_threads(options.threads)
+    results = []
+    for case in options.cases:
+        with tempfile.TemporaryDirectory() as scratch:
+            results.append(compare(case, Path(scratch), options))
+            print(json.dumps(results[-1]))
+    write_results(results, options)
+
+
+if __name__ == "__main__":
+    main()
