@@ -1,8 +1,8 @@
 """The state of running environments as plain values, so that a resumed run goes on in the same episodes.
 
 Works where an environment and its wrappers keep their state in numbers, arrays and random generators: all of
-gymnasium's classic control and toy text. Simulators that keep it in foreign objects (Box2D, MuJoCo) give None, and a
-resumed run starts new episodes there.
+gymnasium's classic control and toy text; and where an environment has `state_dict` and `load_state_dict`. Simulators
+that keep it in foreign objects (Box2D, MuJoCo) give None, and a resumed run starts new episodes there.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ def snapshot(environments: VectorEnv) -> list[dict[str, Any]] | None:
         return None
     described = []
     for holder in holders:
+        if hasattr(holder, "load_state_dict"):
+            # Copied through the encoding: a running environment changes its own lists and arrays.
+            described.append(_encode(holder.state_dict()))
+            continue
         layer = {}
         for name, value in vars(holder).items():
             if name == "envs" or isinstance(value, _STATELESS):
@@ -62,6 +66,9 @@ def restore(environments: VectorEnv, described: list[dict[str, Any]]) -> None:
     if len(holders) != len(described):
         raise ValueError(f"the snapshot describes {len(described)} layers, these environments have {len(holders)}")
     for holder, layer in zip(holders, described, strict=True):
+        if hasattr(holder, "load_state_dict"):
+            holder.load_state_dict(_decode(layer))
+            continue
         for name, encoded in layer.items():
             setattr(holder, name, _decode(encoded))
 
