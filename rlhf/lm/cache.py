@@ -34,6 +34,7 @@ class InPlaceLayer(CacheLayerMixin):
         self.rows = 0
         self.length = 0
         self.offset = 0  # columns that are not in `keys` because the prompts are kept apart
+        self.pair: Tensor | None = None  # [2, rows, heads, columns, head_dim]: keys and values where their widths agree
         self.prompt_keys: Tensor | None = None
         self.prompt_values: Tensor | None = None
 
@@ -58,6 +59,16 @@ class InPlaceLayer(CacheLayerMixin):
         self.length += key_states.shape[2]
         return keys, values
 
+    def append(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """As `update` after `start_decoding`, for one column [n, 2, heads, head_dim] in one write."""
+        assert self.pair is not None, "keys and values of one width, after start_decoding"
+        start = self.length - self.offset
+        if start == self.keys.shape[2]:
+            self._grow(start + 1)
+        self.pair[:, : self.rows, :, start] = keys_values.transpose(0, 1)
+        self.length += 1
+        return self.keys[: self.rows, :, : start + 1], self.values[: self.rows, :, : start + 1]
+
     def start_decoding(self, group_size: int, *, share: bool) -> None:
         """Make rows for `group_size` completions of each prompt, consecutively.
 
@@ -70,8 +81,7 @@ class InPlaceLayer(CacheLayerMixin):
         if share:
             self.prompt_keys, self.prompt_values, self.offset = prompt_keys, prompt_values, self.length
         columns = min(self.capacity - self.offset, self.length - self.offset + INITIAL_COLUMNS)
-        self.keys = _storage(prompt_keys, self.rows, columns)
-        self.values = _storage(prompt_values, self.rows, columns)
+        self._allocate(columns)
         if not share:
             for storage, prompt in ((self.keys, prompt_keys), (self.values, prompt_values)):
                 shape = (len(prompt), group_size, *prompt.shape[1:])
@@ -95,11 +105,19 @@ class InPlaceLayer(CacheLayerMixin):
         """Move to wider storage; rows given up are not copied."""
         columns = min(max(needed, 2 * self.keys.shape[2]), max(self.capacity - self.offset, needed))
         written = self.length - self.offset
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = _storage(old, self.rows, columns)
-            new[:, :, :written] = old[: self.rows, :, :written]
-            setattr(self, name, new)
+        keys, values = self.keys, self.values
+        self._allocate(columns)
+        self.keys[:, :, :written] = keys[: self.rows, :, :written]
+        self.values[:, :, :written] = values[: self.rows, :, :written]
+
+    def _allocate(self, columns: int) -> None:
+        """Replace `keys` and `values` by new storage of the same heads and widths."""
+        if self.keys.shape[1:2] + self.keys.shape[3:] == self.values.shape[1:2] + self.values.shape[3:]:
+            _, heads, _, width = self.keys.shape
+            self.pair = self.keys.new_empty(2, self.rows, heads, columns, width)
+            self.keys, self.values = self.pair.unbind(0)
+        else:
+            self.keys, self.values = (_storage(like, self.rows, columns) for like in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns a mask must cover, offset of the first)."""
@@ -137,6 +155,11 @@ class InPlaceCache(Cache):
         self.last_updated = self.layers[layer_idx]
         self.last_views = self.last_updated.update(key_states, value_states)
         return self.last_views
+
+    def append(self, keys_values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Write one column of one layer; see `InPlaceLayer.append`."""
+        self.last_updated = self.layers[layer_idx]
+        return self.last_updated.append(keys_values)
 
     def start_decoding(self, group_size: int, *, share: bool, prompt_mask: Tensor) -> None:
         """Make rows for the completions; with `share`, each prompt [N, P] stays stored once."""

@@ -65,16 +65,34 @@ class _Projection:
 
 
 @dataclass(frozen=True)
+class _NormedProjection:
+    """A norm and the map of what it returns.
+
+    With the norm's weight in the matrix, RMSNorm is a division by a length:
+    x / sqrt(mean(x^2) + epsilon) = sqrt(H) x / hypot(|x|, sqrt(H epsilon)), and sqrt(H) is in the matrix too.
+    """
+
+    norm: _Norm
+    projection: _Projection
+    floor: Tensor | None
+    """sqrt(H epsilon) where the norm's weight is part of the matrix, else None."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self.floor is None:
+            return self.projection(self.norm(hidden))
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        return self.projection(hidden / torch.hypot(length, self.floor))
+
+
+@dataclass(frozen=True)
 class _Layer:
     """What one layer's step reads."""
 
-    attention_norm: _Norm
-    qkv: _Projection
+    qkv: _NormedProjection
     query_key_norm: _Norm | None
     """Weight [Hq + H, D]: that of the query heads, then that of the key heads."""
     output: _Projection
-    mlp_norm: _Norm
-    gate_up: _Projection
+    gate_up: _NormedProjection
     activation: nn.Module
     down: _Projection
     query_heads: int
@@ -115,28 +133,29 @@ class FusedStep:
         cosines, sines = self.rotary(hidden[:, None], position_ids=positions)  # [n, 1, D]
         sines = sines * self.signs
         for index, layer in enumerate(self.layers):
-            rotated, values = _project_heads(layer, hidden, cosines, sines)
-            queries, keys = rotated[:, : layer.query_heads], rotated[:, layer.query_heads :]
-            own = cache.update(keys[:, :, None], values[:, :, None], index)
-            attended = _attend(layer, queries, own, cache=cache, mask=mask)
+            heads = _project_heads(layer, hidden, cosines, sines)
+            keys_values = heads[:, layer.query_heads :].unflatten(1, (2, layer.key_heads))
+            own = cache.append(keys_values, index)
+            attended = _attend(layer, heads[:, : layer.query_heads], own, cache=cache, mask=mask)
             hidden = layer.output.add_to(hidden, attended)
-            gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
-            hidden = layer.down.add_to(hidden, layer.activation(gate) * up)
+            gate, up = layer.gate_up(hidden).chunk(2, dim=-1)
+            hidden = layer.down.add_to(hidden, layer.activation(gate).mul_(up))
         return self.norm(hidden)
 
 
-def _project_heads(layer: _Layer, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys [n, Hq + H, D], and values [n, H, D], of hidden states [n, H].
+def _project_heads(layer: _Layer, hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotated queries and keys, then values, [n, Hq + H + H, D], of hidden states [n, H].
 
     Rotary embedding is x * cos + (-second half, first half) * sin; a roll swaps the halves, the sign is in `sines`.
     """
-    heads = layer.qkv(layer.attention_norm(hidden)).view(len(hidden), -1, layer.head_dim)
+    heads = layer.qkv(hidden).view(len(hidden), -1, layer.head_dim)
     turned = heads[:, : -layer.key_heads]
     if layer.query_key_norm is not None:
         normed = rms_norm(turned, (layer.head_dim,), None, layer.query_key_norm.epsilon)
-        turned = normed * layer.query_key_norm.weight
-    rotated = (turned * cosines).addcmul_(turned.roll(layer.head_dim // 2, dims=-1), sines)
-    return rotated, heads[:, -layer.key_heads :]
+        torch.mul(normed, layer.query_key_norm.weight, out=turned)
+    swapped = turned.roll(layer.head_dim // 2, dims=-1)
+    turned.mul_(cosines).addcmul_(swapped, sines)
+    return heads
 
 
 def _attend(
@@ -201,17 +220,15 @@ def _read_layer(layer: Any, index: int) -> _Layer:
     if not isinstance(head_dim, int) or not isinstance(scaling, float) or head_dim % 2 != 0:
         raise _NotFusibleError
     _require(getattr(attention, "layer_idx", None) == index)
-    qkv = _read_projection(attention.q_proj, attention.k_proj, attention.v_proj)
+    qkv = _read_normed(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
     query_heads, key_heads = (module.out_features // head_dim for module in (attention.q_proj, attention.k_proj))
     _require(attention.q_proj.out_features == query_heads * head_dim)
     _require(attention.v_proj.out_features == attention.k_proj.out_features == key_heads * head_dim)
     return _Layer(
-        attention_norm=_read_norm(layer.input_layernorm),
         qkv=qkv,
         query_key_norm=_read_head_norms(attention, query_heads, key_heads) if normed else None,
         output=_read_projection(attention.o_proj),
-        mlp_norm=_read_norm(layer.post_attention_layernorm),
-        gate_up=_read_projection(mlp.gate_proj, mlp.up_proj),
+        gate_up=_read_normed(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj),
         activation=mlp.act_fn,
         down=_read_projection(mlp.down_proj),
         query_heads=query_heads,
@@ -247,6 +264,17 @@ def _read_projection(*modules: Any) -> _Projection:
     weight = torch.cat([weight for weight, _ in matrices])
     bias = None if modules[0].bias is None else torch.cat([bias for _, bias in matrices])
     return _Projection([(weight, bias)])
+
+
+def _read_normed(norm_module: Any, *modules: Any) -> _NormedProjection:
+    norm, projection = _read_norm(norm_module), _read_projection(*modules)
+    weight, bias = projection.matrices[0]
+    # Only a merged matrix is ours to change; in 16 bits, the product of two weights would be rounded once more.
+    if len(projection.matrices) > 1 or weight.dtype not in (torch.float32, torch.float64):
+        return _NormedProjection(norm, projection, None)
+    width = weight.shape[1]
+    folded = _Projection([(weight * (norm.weight * width**0.5), bias)])
+    return _NormedProjection(norm, folded, weight.new_tensor((width * norm.epsilon) ** 0.5))
 
 
 def _parts(module: nn.Module) -> set[str]:

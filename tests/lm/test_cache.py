@@ -24,8 +24,9 @@ def narrow_storage(monkeypatch):
     monkeypatch.setattr(cache_module, "INITIAL_COLUMNS", 2)
 
 
+@pytest.mark.parametrize("in_one_write", [False, True])
 @pytest.mark.usefixtures("narrow_storage")  # so that storage has to grow
-def test_contents_are_those_of_a_dynamic_cache_through_growth_and_row_removal():
+def test_contents_are_those_of_a_dynamic_cache_through_growth_and_row_removal(in_one_write):
     ours, theirs = InPlaceCache(2, capacity=4 + 9), DynamicCache()
     for layer in range(2):
         prompt = states(3, 4, seed=layer)
@@ -37,7 +38,9 @@ def test_contents_are_those_of_a_dynamic_cache_through_growth_and_row_removal():
     for step in range(9):
         for layer in range(2):
             new = states(len(rows), 1, seed=100 + 10 * step + layer)
-            for got, expected in zip(ours.update(*new, layer), theirs.update(*new, layer), strict=True):
+            pair = torch.stack([state.squeeze(2) for state in new], dim=1)
+            written = ours.append(pair, layer) if in_one_write else ours.update(*new, layer)
+            for got, expected in zip(written, theirs.update(*new, layer), strict=True):
                 assert torch.equal(got, expected)
         assert ours.get_seq_length() == theirs.get_seq_length() == 5 + step
         assert ours.get_mask_sizes(1, 0) == theirs.get_mask_sizes(1, 0)
@@ -46,6 +49,15 @@ def test_contents_are_those_of_a_dynamic_cache_through_growth_and_row_removal():
             ours.move_rows(torch.tensor([len(rows) - 1]), torch.tensor([1]), kept)
             theirs.batch_select_indices(kept)
             rows = rows[kept]
+
+
+def test_keys_and_values_may_differ_in_width():
+    cache = InPlaceCache(1, capacity=3)
+    cache.update(torch.zeros(1, HEADS, 2, WIDTH), torch.ones(1, HEADS, 2, WIDTH + 1), 0)
+    cache.start_decoding(1, share=False, prompt_mask=torch.ones(1, 2, dtype=torch.bool))
+    keys, values = cache.update(torch.ones(1, HEADS, 1, WIDTH), torch.zeros(1, HEADS, 1, WIDTH + 1), 0)
+    assert keys[0, 0, :, 0].tolist() == [0, 0, 1]
+    assert values[0, 0, :, WIDTH].tolist() == [1, 1, 0]
 
 
 def test_writing_does_not_move_storage():

@@ -5,7 +5,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf.config import validate
 from rlhf.errors import ConfigError
-from rlhf.lm.sampling import SamplingConfig, choose_tokens
+from rlhf.lm.sampling import SamplingConfig, choose_tokens, invert_cdf
 
 
 def uniforms(count, seed=0):
@@ -80,6 +80,40 @@ def test_largest_uniform_never_gives_an_impossible_token():
 def test_smallest_uniform_never_gives_an_impossible_token():
     logits = torch.tensor([[float("-inf"), float("-inf"), 0.0]])
     assert choose_tokens(logits, SamplingConfig(), uniforms=torch.zeros(1))[0].tolist() == [2]
+
+
+@pytest.mark.parametrize("width", [2048, 2049, 5000])  # 5000 is no multiple of the block
+def test_search_in_two_levels_finds_what_one_cumulative_sum_in_float64_finds(width):
+    weights = torch.rand(2000, width, generator=torch.Generator().manual_seed(0)) ** 8
+    weights[:, ::3] = 0.0
+    random = uniforms(2000, seed=1)[:, None]
+    chosen, total = invert_cdf(weights, random)
+    exact = weights.double().cumsum(dim=1)
+    expected = torch.searchsorted(exact, random.double() * exact[:, -1:], right=True)
+    torch.testing.assert_close(total.double(), exact[:, -1:])
+    assert (weights.gather(1, chosen) > 0).all()
+    # Rounding moves a boundary by about 1e-7 of the total, so few rows choose a neighbour.
+    assert (chosen == expected).double().mean() > 0.995
+    reached = exact.gather(1, chosen) / exact[:, -1:]
+    assert (reached - random.double()).min() > -1e-5
+
+
+def test_search_in_two_levels_draws_every_part_of_a_large_vocabulary_as_often_as_it_should():
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(2))
+    draws = 60_000
+    random = uniforms(draws, seed=3).split(2000)
+    tokens = torch.cat([choose_tokens(logits.expand(2000, -1), SamplingConfig(), uniforms=part)[0] for part in random])
+    counts = torch.bincount(tokens % 100, minlength=100).double()  # tokens of every block in each of 100 classes
+    expected = torch.softmax(logits.double(), dim=1).view(30, 100).sum(dim=0) * draws
+    assert chisquare(counts, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_search_in_two_levels_never_gives_an_impossible_token(uniform):
+    weights = torch.zeros(1, 4097)
+    weights[0, [1000, 1001, 2500]] = torch.tensor([1e-30, 0.7, 0.3])
+    chosen, _ = invert_cdf(weights, torch.tensor([[uniform]]))
+    assert chosen.item() == (1000 if uniform == 0.0 else 2500)
 
 
 def test_a_rows_choice_does_not_depend_on_its_neighbours():
