@@ -17,8 +17,18 @@ class ShapingConfig(Config):
     """Clip the reward function's score to [-score_clip, score_clip] (Ziegler et al. 2019)."""
     missing_end_score: float | None = None
     """Score of a completion cut at the limit, instead of its own: teaches the policy to stop (Huang et al. 2024)."""
+    missing_end_penalty: float = Field(0.0, ge=0)
+    """Or taken off its own score, as TRL's `missing_eos_penalty` was."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Taken off the score per token of the completion, its end token included."""
     overlong_buffer: int | None = Field(None, ge=1)
     """Last so many tokens before the limit in which a penalty grows from 0 to -1 (DAPO, eq. 13)."""
+
+    @model_validator(mode="after")
+    def _refuse_two_answers_to_a_missing_end(self) -> Self:
+        if self.missing_end_score is not None and self.missing_end_penalty:
+            raise ValueError("missing_end_score replaces what missing_end_penalty would be taken off; set one of them")
+        return self
 
 
 class DynamicSampling(Config):

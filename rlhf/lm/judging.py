@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.lm.collector_config import ShapingConfig
 from rlhf.lm.rollout_metrics import uniform_groups
 from rlhf.lm.samples import Samples, Verdict, concatenate_samples, select_samples
-from rlhf.rewards.shaping import missing_end_penalty, soft_overlong
+from rlhf.rewards.shaping import length_penalty, missing_end_penalty, soft_overlong
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,9 @@ def shape_scores(scores: Tensor, shaping: ShapingConfig, *, ended: Tensor, lengt
         scores = scores.clamp(-shaping.score_clip, shaping.score_clip)
     if shaping.missing_end_score is not None:
         scores = missing_end_penalty(scores, ended, score=shaping.missing_end_score)
+    scores = scores - shaping.missing_end_penalty * (~ended).float()
+    if shaping.length_penalty > 0:
+        scores = scores + length_penalty(lengths, per_token=shaping.length_penalty)
     if shaping.overlong_buffer is not None:
         scores = scores + soft_overlong(lengths, limit=limit, buffer=shaping.overlong_buffer)
     return scores

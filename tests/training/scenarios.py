@@ -25,6 +25,8 @@ class Scenario:
     update: UpdateConfig
     language: bool = False
     rows: tuple[int, int] = (8, 8)
+    imitates: bool = False
+    critic_only: bool = False
 
 
 def change(name, **changes):
@@ -45,6 +47,13 @@ SCENARIOS = {
     ),
     "language_tokens": Scenario(
         change("ppo_rlhf", minibatches=2), UpdateConfig(learning_rate=1e-2, microbatch_tokens=20), True, (5, 7)
+    ),
+    # Three texts of one process against one of the other: the denominator is the minibatch's, over both.
+    "language_ptx": Scenario(
+        change("ppo_rlhf", epochs=2), UpdateConfig(learning_rate=1e-2, microbatch_rows=3), True, (5, 7), imitates=True
+    ),
+    "language_critic_warmup": Scenario(
+        change("ppo_rlhf", epochs=2), UpdateConfig(learning_rate=1e-2), True, (5, 7), critic_only=True
     ),
     "language_flat": Scenario(
         change("grpo", epochs=2),
@@ -67,12 +76,49 @@ def train(scenario, *, rank, accelerator=None):
     """Two updates; rank None is one process with all rows. Returns weights and the last metrics."""
     # Other processes start from other weights: those of process 0 must win.
     policy = tiny_language_policy(seed=rank or 0) if scenario.language else ActorCritic(seed=rank or 0)
-    learner = Learner(policy, scenario.algorithm, scenario.update, accelerator=accelerator, seed=3)
+    mixed = make_imitation(accelerator) if scenario.imitates else None
+    learner = Learner(policy, scenario.algorithm, scenario.update, accelerator=accelerator, seed=3, mixed=mixed)
     parts = shards(scenario)
     experience = concatenate(*parts) if rank is None else parts[rank]
     for _ in range(2):
-        metrics = learner.update(experience, kl_coef=0.1)
+        metrics = learner.update(experience, kl_coef=0.1, critic_only=scenario.critic_only)
     return {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}, metrics
+
+
+def make_imitation(accelerator):
+    """Four texts a minibatch, of very different lengths, over tokens 0 to 10."""
+    from rlhf.data.records import Demonstration
+    from rlhf.lm.loading import character_tokenizer
+    from rlhf.lm.ptx import ImitationLoss, PtxConfig
+
+    tokenizer = character_tokenizer("abcdefgh")
+    texts = [Demonstration("a", "b" * length) for length in (1, 9, 2, 7, 3, 5)]
+    config = PtxConfig(coefficient=0.7, batch_size=4, microbatch_size=1)
+    return ImitationLoss(texts, tokenizer=tokenizer, config=config, accelerator=accelerator)
+
+
+def whitened_advantages(*, rank, accelerator=None):
+    """What `estimate` makes of rows spread unevenly over two processes, standardized over the whole rollout."""
+    from small_worlds import GuessingGame
+
+    from rlhf.core.estimate import estimate
+    from rlhf.training.distributed import make_reduce
+
+    rollouts = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        rollout = GuessingGame(ActorCritic(seed=0)).collect()
+        mask = torch.rand(rollout.action_mask.shape) < (0.9 if seed else 0.4)
+        rollouts.append(replace(rollout, action_mask=mask | rollout.action_mask.cumsum(1).eq(1)))
+    reduce = {} if rank is None else {"reduce": make_reduce(accelerator)}
+    names = ("actions", "action_mask", "rewards", "old_log_probs", "episode_ends", "values", "ref_log_probs")
+    both = replace(
+        rollouts[0],
+        inputs={"observations": torch.cat([part.inputs["observations"] for part in rollouts])},
+        group_ids=torch.cat([part.group_ids for part in rollouts]),
+        **{name: torch.cat([getattr(part, name) for part in rollouts]) for name in names},
+    )
+    return estimate(both if rank is None else rollouts[rank], change("ppo_rlhf"), kl_coef=0.1, **reduce).advantages
 
 
 def run_whole_and_resumed(folder, accelerator):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import SCENARIOS, train
+from scenarios import SCENARIOS, train, whitened_advantages
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -30,7 +30,7 @@ def outcomes(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in (0, 1)]
-        for name in [*SCENARIOS, "run"]
+        for name in [*SCENARIOS, "run", "whitened"]
     } | {"folder": folder}
 
 
@@ -58,6 +58,13 @@ def test_two_processes_report_the_metrics_of_one(outcomes, name):
 
 def test_the_early_stop_happened(outcomes):
     assert 0 < outcomes["gym_early_stop"][0]["metrics"]["epochs_run"] < 8
+
+
+def test_advantages_are_whitened_over_all_processes(outcomes):
+    whole = whitened_advantages(rank=None)
+    first, second = outcomes["whitened"]
+    torch.testing.assert_close(torch.cat([first, second]), whole, atol=1e-5, rtol=1e-4)
+    assert abs(first[first != 0].mean()) > 0.01, "each process by itself would have a mean of 0"
 
 
 def test_a_run_of_two_processes_resumes_bit_by_bit(outcomes):

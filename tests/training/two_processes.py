@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from scenarios import SCENARIOS, run_whole_and_resumed, train
+from scenarios import SCENARIOS, run_whole_and_resumed, train, whitened_advantages
 
 from rlhf.training.distributed import make_accelerator
 
@@ -16,6 +16,7 @@ def main(folder):
     for name, scenario in SCENARIOS.items():
         weights, metrics = train(scenario, rank=rank, accelerator=accelerator)
         torch.save({"weights": weights, "metrics": metrics}, Path(folder) / f"{name}_{rank}.pt")
+    torch.save(whitened_advantages(rank=rank, accelerator=accelerator), Path(folder) / f"whitened_{rank}.pt")
     torch.save(run_whole_and_resumed(folder, accelerator), Path(folder) / f"run_{rank}.pt")
     accelerator.end_training()
 
