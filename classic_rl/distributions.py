@@ -12,8 +12,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from gymnasium import spaces
+from pydantic import Field
 from torch import Tensor, nn
 
+from rlhf.config import Config
 from rlhf.errors import ConfigError
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -121,7 +123,35 @@ class MultiCategorical(nn.Module):
         return shaped if self.start is None else shaped + self.start
 
 
-class DiagonalGaussian(nn.Module):
+class StateDependentExploration(Config):
+    """Noise that is a function of the state (gSDE, `classic_rl.state_dependent_exploration`)."""
+
+    sample_every: int | None = Field(None, ge=1)
+    """Steps that share one exploration matrix. Null is 1 off-policy, and on-policy a whole rollout's steps (at most
+    128 where episodes are collected)."""
+    initial_log_std: float = -2.0
+    """Where the matrix's log standard deviations start; -2 to -3.7 in tuned settings, since it multiplies features."""
+
+
+class BoxDistribution(nn.Module):
+    """What distributions over a Box share: shapes, and the way into the environment."""
+
+    action_dtype = torch.float32
+
+    def __init__(self, space: spaces.Box) -> None:
+        super().__init__()
+        self.num_outputs = int(np.prod(space.shape))
+        self.action_shape = (self.num_outputs,)
+        self.environment_shape, self.environment_dtype = space.shape, space.dtype
+        self.low, self.high = space.low, space.high
+
+    def to_environment(self, actions: np.ndarray) -> np.ndarray:
+        """Restore the space's shape and clip to its bounds."""
+        shaped = actions.reshape(len(actions), *self.environment_shape)
+        return np.clip(shaped, self.low, self.high).astype(self.environment_dtype, copy=False)
+
+
+class DiagonalGaussian(BoxDistribution):
     """Independent normals; parameters are the means, the log standard deviations are free and state-independent.
 
     Actions outside the space's bounds are clipped on their way into the environment only: log-probs and entropy are
@@ -129,14 +159,8 @@ class DiagonalGaussian(nn.Module):
     components is logged as `rollout/clipped_action_fraction`.
     """
 
-    action_dtype = torch.float32
-
     def __init__(self, space: spaces.Box, *, initial_log_std: float = 0.0) -> None:
-        super().__init__()
-        self.num_outputs = int(np.prod(space.shape))
-        self.action_shape = (self.num_outputs,)
-        self.environment_shape, self.environment_dtype = space.shape, space.dtype
-        self.low, self.high = space.low, space.high
+        super().__init__(space)
         self.log_std = nn.Parameter(torch.full((self.num_outputs,), float(initial_log_std)))
 
     def log_probs_and_entropy(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,11 +182,6 @@ class DiagonalGaussian(nn.Module):
     def greedy(self, parameters: np.ndarray) -> np.ndarray:
         """The mean."""
         return parameters
-
-    def to_environment(self, actions: np.ndarray) -> np.ndarray:
-        """Restore the space's shape and clip to its bounds."""
-        shaped = actions.reshape(len(actions), *self.environment_shape)
-        return np.clip(shaped, self.low, self.high).astype(self.environment_dtype, copy=False)
 
 
 def make_distribution(

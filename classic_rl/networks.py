@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from classic_rl.distributions import StateDependentExploration
 from rlhf.config import Config
 
 Activation = Literal["tanh", "relu"]
@@ -28,6 +29,8 @@ class NetworkConfig(Config):
     kernel: Literal["auto", "torch"] = "auto"
     """auto runs forward and backward in NumPy where everything is float32 on the CPU: less than half of torch's time on
     small networks, which is mostly the cost of single operations. torch leaves it to torch, higher derivatives too."""
+    state_dependent: StateDependentExploration | None = None
+    """Box actions: exploration noise as a function of the state (gSDE), in place of independent noise."""
     initial_log_std: float = 0.0
     """Box actions: where the free log standard deviations start; 0 is a standard deviation of 1."""
     initialization: Initialization = "orthogonal"
@@ -48,6 +51,7 @@ class MLP(nn.Module):
         output_gain: Gain of the last layer.
         kernel: See `NetworkConfig.kernel`.
         initialization: See `NetworkConfig.initialization`.
+        with_features: Append the last hidden layer to the outputs, without gradient: `StateDependentGaussian` reads it.
     """
 
     def __init__(
@@ -58,9 +62,10 @@ class MLP(nn.Module):
         output_gain: float = 1.0,
         kernel: Literal["auto", "torch"] = "auto",
         initialization: Initialization = "orthogonal",
+        with_features: bool = False,
     ) -> None:
         super().__init__()
-        self.activation, self.kernel = activation, kernel
+        self.activation, self.kernel, self.with_features = activation, kernel, with_features
         self.layers = nn.ModuleList(nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes))
         if initialization == "uniform":
             return
@@ -75,12 +80,13 @@ class MLP(nn.Module):
         if self.kernel == "auto" and _suits_numpy(x) and _suits_numpy(layers[0].weight) and not x.requires_grad:
             # nn.Module's attribute look-up would cost as much as the arithmetic.
             parameters = [tensor for layer in layers for tensor in layer._parameters.values()]
-            rows = _NumpyKernel.apply(x.reshape(-1, x.shape[-1]), self.activation, *parameters)
+            rows = _NumpyKernel.apply(x.reshape(-1, x.shape[-1]), self.activation, self.with_features, *parameters)
             return rows.view(*x.shape[:-1], -1)
         activation = torch.tanh if self.activation == "tanh" else torch.relu
         for layer in layers[:-1]:
             x = activation(layer(x))
-        return layers[-1](x)
+        outputs = layers[-1](x)
+        return torch.cat([outputs, x.detach()], dim=-1) if self.with_features else outputs
 
 
 def _suits_numpy(tensor: Tensor) -> bool:
@@ -94,29 +100,32 @@ class _NumpyKernel(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, activation: Activation, *parameters: Tensor) -> Tensor:
-        """Map [N, inputs] to [N, outputs]; `parameters` are weight, bias, weight, bias, ..."""
+    def forward(
+        ctx: FunctionCtx, x: Tensor, activation: Activation, with_features: bool, *parameters: Tensor
+    ) -> Tensor:
+        """Map [N, inputs] to [N, outputs (+ features)]; `parameters` are weight, bias, weight, bias, ..."""
         arrays = [parameter.detach().numpy() for parameter in parameters]
         weights, biases = arrays[::2], arrays[1::2]
         hidden = [x.numpy()]
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             hidden.append(_activated(_affine(hidden[-1], weight, bias), activation))
         ctx.activation, ctx.hidden, ctx.weights = activation, hidden, weights
-        return torch.from_numpy(_affine(hidden[-1], weights[-1], biases[-1]))
+        outputs = _affine(hidden[-1], weights[-1], biases[-1])
+        return torch.from_numpy(np.concatenate([outputs, hidden[-1]], axis=1) if with_features else outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """dW_i = g_i^T h_{i-1}, db_i = sum of g_i, g_{i-1} = (g_i W_i) f'; tanh' = 1 - h^2, relu' = [h > 0]."""
         gradients: list[Tensor | None] = []
-        g = gradient.numpy()
+        g = gradient.numpy()[:, : len(ctx.weights[-1])]  # features carry none
         for index in reversed(range(len(ctx.weights))):
             below = ctx.hidden[index]
             gradients += [torch.from_numpy(g.sum(axis=0)), torch.from_numpy(g.T.dot(below))]
             if index:
                 g = g.dot(ctx.weights[index])
                 g *= 1 - below * below if ctx.activation == "tanh" else below > 0
-        return None, None, *reversed(gradients)
+        return None, None, None, *reversed(gradients)
 
 
 def _affine(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -150,4 +159,5 @@ class NumpyMirror:
         """Map [N, inputs] float32 to [N, outputs] float32."""
         for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
             x = _activated(_affine(x, weight, bias), self.network.activation)
-        return _affine(x, self._weights[-1], self._biases[-1])
+        outputs = _affine(x, self._weights[-1], self._biases[-1])
+        return np.concatenate([outputs, x], axis=1) if self.network.with_features else outputs

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from classic_rl.distributions import make_distribution
 from classic_rl.networks import MLP, NetworkConfig
 from classic_rl.spaces import observation_size
+from classic_rl.state_dependent_exploration import StateDependentGaussian
 from rlhf.core.types import PolicyOutput
 
 
@@ -43,8 +44,13 @@ class ActorCritic(nn.Module):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            self.distribution = make_distribution(action_space, initial_log_std=self.network_config.initial_log_std)
-            self.actor = MLP([*sizes, self.distribution.num_outputs], output_gain=0.01, **settings)
+            exploration = self.network_config.state_dependent
+            if exploration is None:
+                self.distribution = make_distribution(action_space, initial_log_std=self.network_config.initial_log_std)
+            else:
+                self.distribution = StateDependentGaussian(action_space, config=exploration, num_features=sizes[-1])
+            outputs, with_features = self.distribution.num_outputs, exploration is not None
+            self.actor = MLP([*sizes, outputs], output_gain=0.01, with_features=with_features, **settings)
             self.critic = MLP([*sizes, 1], output_gain=1.0, **settings) if critic else None
 
     def forward(self, inputs: Mapping[str, Tensor], actions: Tensor) -> PolicyOutput:

@@ -16,26 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from pydantic import Field
 from torch import Tensor, nn
 
 from classic_rl.continuous_networks import ContinuousNetworkConfig
-from classic_rl.distributions import HALF_LOG_TWO_PI, DiagonalGaussian
+from classic_rl.distributions import HALF_LOG_TWO_PI, BoxDistribution
+from classic_rl.distributions import StateDependentExploration as StateDependentExploration
 from classic_rl.squashed import squashed_log_prob
-from rlhf.config import Config
+from rlhf.errors import ConfigError
 
 _VARIANCE_FLOOR = 1e-6
 MEAN_BOUND = 2.0
 """Of SAC's means before tanh: without it, tanh saturates and the gradient dies (Stable-Baselines3's clip_mean)."""
-
-
-class StateDependentExploration(Config):
-    """Noise that is a function of the state."""
-
-    sample_every: int | None = Field(None, ge=1)
-    """Steps that share one exploration matrix. Null, on-policy: all of a rollout's."""
-    initial_log_std: float = -2.0
-    """Where the matrix's log standard deviations start; -2 to -3.7 in tuned settings, since it multiplies features."""
 
 
 def marginal_std(features: Tensor, log_std: Tensor) -> Tensor:
@@ -54,7 +45,7 @@ def marginal_std(features: Tensor, log_std: Tensor) -> Tensor:
     return torch.sqrt(features.square() @ torch.exp(2 * log_std) + _VARIANCE_FLOOR)
 
 
-class StateDependentGaussian(DiagonalGaussian):
+class StateDependentGaussian(BoxDistribution):
     """gSDE for on-policy algorithms: unsquashed, clipped on the way into the environment.
 
     Parameters are the means [..., A] followed by the features [..., H], which carry no gradient here: exploration must
@@ -64,9 +55,20 @@ class StateDependentGaussian(DiagonalGaussian):
         space: A Box of floats.
         config: How noise is made.
         num_features: H.
+
+    Raises:
+        ConfigError: Another space.
     """
 
-    def __init__(self, space: spaces.Box, *, config: StateDependentExploration, num_features: int) -> None:
+    def __init__(self, space: spaces.Space, *, config: StateDependentExploration, num_features: int) -> None:
+        if not isinstance(space, spaces.Box):
+            raise ConfigError(
+                "state-dependent exploration adds noise to real numbers",
+                where="network.state_dependent",
+                got=str(space),
+                expected="a Box as action space",
+                remedy="Remove network.state_dependent.",
+            )
         super().__init__(space)
         self.config, self.num_features = config, num_features
         self.log_std = nn.Parameter(torch.full((num_features, self.num_outputs), config.initial_log_std))

@@ -9,7 +9,14 @@ from gymnasium import spaces
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 from torch.testing import assert_close
 
+from classic_rl.collector import CollectSteps
 from classic_rl.continuous_networks import ContinuousNetworkConfig
+from classic_rl.divergence import describe, kl_from
+from classic_rl.environments import EnvironmentConfig
+from classic_rl.episodes import make_collector
+from classic_rl.networks import MLP, NetworkConfig, NumpyMirror
+from classic_rl.policy import ActorCritic
+from classic_rl.saving import load, save
 from classic_rl.state_dependent_exploration import (
     HeldMatrices,
     StateDependentActor,
@@ -17,6 +24,8 @@ from classic_rl.state_dependent_exploration import (
     StateDependentGaussian,
     marginal_std,
 )
+from rlhf.core.presets import ALGORITHMS
+from rlhf.errors import ConfigError
 
 
 def gaussian(features, actions, **settings):
@@ -121,3 +130,63 @@ def test_held_matrices_are_renewed_on_time_and_travel():
     following = [held(generator).copy() for _ in range(3)]
     generator.bit_generator.state = state
     assert all(np.array_equal(other(generator), own) for own in following)
+
+
+# --- on-policy --------------------------------------------------------------------------------------------------------
+
+
+def policy_with(config, *, action_space=None):
+    network = NetworkConfig(hidden_sizes=[8, 4], state_dependent=config)
+    return ActorCritic(spaces.Box(-1, 1, (3,)), action_space or spaces.Box(-2, 2, (1,)), network=network, seed=0)
+
+
+def test_networks_append_features_without_gradient():
+    torch.manual_seed(0)
+    fast = MLP([3, 8, 4, 2], with_features=True)
+    plain = MLP([3, 8, 4, 2], with_features=True, kernel="torch")
+    plain.load_state_dict(fast.state_dict())
+    x, weights = torch.randn(5, 3), torch.randn(5, 6)
+    hidden = torch.tanh(fast.layers[1](torch.tanh(fast.layers[0](x))))
+    for network in (fast, plain):
+        outputs = network(x)
+        assert_close(outputs[:, 2:], hidden)
+        (outputs * weights).sum().backward()
+    assert_close([p.grad for p in fast.parameters()], [p.grad for p in plain.parameters()], rtol=1e-4, atol=1e-5)
+    assert (fast.layers[2].bias.grad - weights[:, :2].sum(0)).abs().max() < 1e-5
+    np.testing.assert_allclose(NumpyMirror(fast)(x.numpy()), fast(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_collected_actions_share_a_matrix_and_are_scored_by_their_marginal():
+    policy = policy_with(StateDependentExploration(sample_every=4))
+    algorithm = ALGORITHMS["a2c"]
+    environment = EnvironmentConfig(id="Pendulum-v1", num_envs=2)
+    collector = make_collector(CollectSteps(steps=8), policy, environment, algorithm, seed=0)
+    rollout = collector.collect()
+    collector.close()
+    parameters = policy.actor(rollout.inputs["observations"]).detach()
+    mean, features = parameters.split([1, 4], dim=-1)
+    noise = rollout.actions - mean
+    std = torch.exp(torch.tensor(-2.0))
+    spread = (features.square().sum(-1, keepdim=True) * std**2 + 1e-6).sqrt()
+    assert_close(rollout.old_log_probs, Normal(mean, spread).log_prob(rollout.actions)[..., 0], rtol=1e-4, atol=1e-4)
+    drawn = policy.distribution.noise(np.random.default_rng((0, 0, 0)), (8, 2))
+    expected = np.einsum("nth,tnha->nta", features.numpy(), drawn * std.item())
+    np.testing.assert_allclose(noise.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_saved_policy_comes_back(tmp_path):
+    policy = policy_with(StateDependentExploration(initial_log_std=-1.0))
+    save(tmp_path, policy)
+    loaded, observation = load(tmp_path), np.array([0.1, 0.2, 0.3], dtype=np.float32)
+    mean = policy.actor(torch.from_numpy(observation)[None])[0, :1].detach().numpy()
+    np.testing.assert_allclose(loaded.predict(observation), np.clip(mean, -2, 2), rtol=1e-5)
+    assert loaded.predict(observation, deterministic=False) != loaded.predict(observation, deterministic=False)
+
+
+def test_what_has_no_meaning_is_refused():
+    with pytest.raises(ConfigError, match=r"network\.state_dependent"):
+        policy_with(StateDependentExploration(), action_space=spaces.Discrete(2))
+    policy = policy_with(StateDependentExploration())
+    outputs = policy.actor(torch.zeros(2, 3))
+    with pytest.raises(ConfigError):  # trust regions know no closed form of its divergence
+        kl_from(describe(policy.distribution, outputs), policy.distribution, outputs)
