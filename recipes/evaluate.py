@@ -1,14 +1,19 @@
-"""Evaluate a model folder on held-out prompts and texts: scores, lengths, perplexity; no training."""
+"""Evaluate a model folder: accuracy, pass@k, majority votes, win rate against another model, perplexity."""
 
 from __future__ import annotations
 
+from typing import Self
+
+from pydantic import model_validator
+
 from rlhf.cli import launch
 from rlhf.config import Config
-from rlhf.data.loading import load_demonstrations
+from rlhf.data.loading import load_demonstrations, load_prompts
 from rlhf.data.settings import DataConfig
 from rlhf.lm.actors import make_generator
-from rlhf.lm.evaluation import EvaluationConfig, evaluate_policy, perplexity
+from rlhf.lm.evaluation import EvaluationConfig, Rows, answer_prompts, compare_rows, summarize
 from rlhf.lm.loading import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.lm.perplexity import perplexity
 from rlhf.lm.sampling import SamplingConfig
 from rlhf.lm.sources import RewardConfig, SourceConfig, load_prompt_sets, make_reward
 from rlhf.training.run import Run
@@ -19,8 +24,12 @@ class EvaluateConfig(Config):
     """Which model, and what it is held against."""
 
     model: ModelConfig
+    against: ModelConfig | None = None
+    """Another model that answers the same prompts; the win rate against it is reported for each reward."""
     prompts: SourceConfig | None = None
     """Its held-out prompts are answered."""
+    data: DataConfig | None = None
+    """All of its prompts are answered, in place of `prompts`."""
     rewards: dict[str, RewardConfig] = {}
     """Name -> what judges the answers."""
     sampling: SamplingConfig = SamplingConfig()
@@ -31,31 +40,46 @@ class EvaluateConfig(Config):
     """Tokens of a text that are looked at; null looks at all."""
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="after")
+    def _refuse_two_sources(self) -> Self:
+        if self.prompts is not None and self.data is not None:
+            raise ValueError("give prompts (its held-out part is answered) or data (all of it), not both")
+        return self
+
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Write the metrics to `<run directory>/summary.json`."""
     run = Run(config.run, resolved=config, iterations=0, recipe="evaluate")
-    device = run.accelerator.device
-    tokenizer = load_tokenizer(config.model)
-    model = load_causal_lm(config.model, tokenizer).to(device).eval()
-    metrics: dict[str, float] = {}
-    if config.prompts is not None:
-        metrics |= evaluate_policy(
-            make_generator(model, tokenizer),
-            tokenizer,
-            prompts=load_prompt_sets(config.prompts)[1],
-            rewards={name: make_reward(reward) for name, reward in config.rewards.items()},
-            sampling=config.sampling,
-            config=config.evaluation,
-            device=device,
-            accelerator=run.accelerator,
-        )
+    rows, metrics = answer(config, config.model, run)
+    if config.against is not None:
+        metrics |= compare_rows(rows, answer(config, config.against, run)[0])
     if config.texts is not None:
+        tokenizer = load_tokenizer(config.model)
+        model = load_causal_lm(config.model, tokenizer).to(run.accelerator.device).eval()
         texts = load_demonstrations(config.texts)
         metrics |= perplexity(model, tokenizer, demonstrations=texts, max_length=config.max_text_length)
     for name, value in metrics.items():
         run.say(f"{name}: {value:.4g}")
     return run.finish(**{f"evaluation/{name}": value for name, value in metrics.items()})
+
+
+def answer(config: EvaluateConfig, chosen: ModelConfig, run: Run) -> tuple[Rows, dict[str, float]]:
+    """One model's judged answers, and what they come to; nothing where there are no prompts."""
+    if config.data is None and config.prompts is None:
+        return {}, {}
+    tokenizer = load_tokenizer(chosen)
+    model = load_causal_lm(chosen, tokenizer).to(run.accelerator.device).eval()
+    rows, reported = answer_prompts(
+        make_generator(model, tokenizer),
+        tokenizer,
+        prompts=load_prompts(config.data) if config.prompts is None else load_prompt_sets(config.prompts)[1],
+        rewards={name: make_reward(reward) for name, reward in config.rewards.items()},
+        sampling=config.sampling,
+        config=config.evaluation,
+        device=run.accelerator.device,
+        accelerator=run.accelerator,
+    )
+    return rows, summarize(rows, config.evaluation) | reported
 
 
 CONFIG = EvaluateConfig

@@ -1,4 +1,4 @@
-"""The command line: `rlhf ls`, `rlhf cp`, `rlhf run`, `rlhf explain`, `rlhf table`, `rlhf version`.
+"""The command line: `rlhf ls`, `rlhf cp`, `rlhf run`, `rlhf eval`, `rlhf explain`, `rlhf table`, `rlhf version`.
 
 Torch and transformers are imported inside the commands that need them, so that `rlhf --help` answers at once.
 """
@@ -90,6 +90,30 @@ def run_command(
         if seeds is not None:
             code = running.run_seeds(request, running.read_seeds(seeds), jobs=jobs, processes=processes)
         elif processes > 1:
+            code = running.run_processes(request, processes, traceback=traceback)
+        else:
+            code = running.run_here(request)
+    raise typer.Exit(code)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model's folder, or a hub id.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, such as evaluation.greedy=false.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="A config of the recipe `evaluate`, such as gsm8k, or a YAML file.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the prompts.")] = 1,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of user errors, too.")] = False,
+) -> None:
+    """Evaluate a model: `rlhf run evaluate` with the model's place, and a run directory of its own for each model."""
+    from rlhf.commands import evaluating, running
+
+    with user_errors(traceback=traceback):
+        request = evaluating.make_request(model, config=config, overrides=overrides or [])
+        if processes > 1:
             code = running.run_processes(request, processes, traceback=traceback)
         else:
             code = running.run_here(request)

@@ -59,6 +59,17 @@ def gsm8k_answer(text: str) -> Fraction | None:
     return parse_number(found[-1]) if found else None
 
 
+def lenient_number(text: str) -> Fraction | None:
+    """Return the number after the last `####`, and where there is none the last number of the text, or None.
+
+    Example:
+        >>> lenient_number("9 + 9 is #### 18, in 2 steps"), lenient_number("It is 18.")
+        (Fraction(18, 1), Fraction(18, 1))
+    """
+    strict = gsm8k_answer(text)
+    return strict if strict is not None else last_number(text)
+
+
 def boxed_content(text: str) -> str | None:
     r"""Return what stands in the last \boxed{...}, with nested braces, or None.
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rlhf.errors import RewardError
 from rlhf.rewards.arithmetic import evaluate_arithmetic, find_expression, is_allowed_use
-from rlhf.rewards.extraction import chosen_letter, gsm8k_answer, last_number, parse_number
+from rlhf.rewards.extraction import chosen_letter, gsm8k_answer, last_number, lenient_number, parse_number
 from rlhf.rewards.protocol import Text, text_of
 
 Answers = Sequence[Any]
@@ -125,12 +125,7 @@ def gsm8k_lenient(completions: Sequence[Text], answer: Answers, **columns: Any) 
         >>> gsm8k_lenient(["It is $1,018.00.", "It is 17."], answer=["#### 1018", "#### 18"])
         [1.0, 0.0]
     """
-    return _compare_numbers([_lenient_number(text_of(completion)) for completion in completions], answer)
-
-
-def _lenient_number(text: str) -> Fraction | None:
-    strict = gsm8k_answer(text)
-    return strict if strict is not None else last_number(text)
+    return _compare_numbers([lenient_number(text_of(completion)) for completion in completions], answer)
 
 
 def number_equal(
