@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.core.types import PolicyOutput
+from rlhf.data.tokenizer_saving import save_tokenizer
 from rlhf.errors import DataError, ModelError
 from rlhf.lm.adapters import CRITIC, POLICY, AdapterCritic
 from rlhf.lm.backbone import split_model, takes_positions, unwrap_adapters
@@ -155,7 +156,7 @@ class LanguageModelPolicy(nn.Module):
             folder, **({"selected_adapters": trained} if hasattr(self.model, "peft_config") else {})
         )
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         if self.value_head is not None:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.value_head.state_dict().items()}
             save_file(state, folder / VALUE_HEAD_FILE, metadata={"format": "pt"})

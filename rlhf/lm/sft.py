@@ -27,6 +27,7 @@ from transformers.trainer_utils import SaveStrategy
 from rlhf.config import Config
 from rlhf.data.records import Demonstration
 from rlhf.data.tokenization import encode_completion, encode_prompt, require_special_tokens
+from rlhf.data.tokenizer_saving import save_tokenizer
 from rlhf.errors import ConfigError, DataError, TrainingError
 from rlhf.training.run import Run
 
@@ -184,6 +185,7 @@ def save_sft(trainer: Any, folder: str | Path) -> None:
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle; model folders hold safetensors only
+        save_tokenizer(trainer.processing_class, folder)
     trainer.accelerator.wait_for_everyone()
 
 
