@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -16,6 +17,7 @@ from classic_rl.environments import EnvironmentConfig
 from classic_rl.evaluation import EvaluationConfig, evaluate
 from classic_rl.natural_gradient import FisherProduct, actor_parameters
 from classic_rl.policy import ActorCritic
+from classic_rl.saving import load
 from classic_rl.trust_region import (
     CriticUpdate,
     NaturalGradient,
@@ -25,6 +27,8 @@ from classic_rl.trust_region import (
     _Surrogate,
     shared_algorithm,
 )
+from rlhf.commands.recipes import find_recipe, import_recipe
+from rlhf.config import load_config
 from rlhf.core.algorithm import Gae
 from rlhf.core.estimate import estimate
 from rlhf.core.kl import make_kl_coefficient
@@ -337,3 +341,39 @@ def test_the_identity_is_learned(make, name, kind):
         multiplier.update(metrics["kl_to_old_after"], episodes=1)
     environment = EnvironmentConfig(id="Identity-v0", kwargs=kwargs)
     assert evaluate(policy, environment, EvaluationConfig(max_steps=100))["return_mean"] > 90
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+RECIPE_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "recipes/configs/trpo").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPE_CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs(tmp_path, path):
+    recipe = import_recipe(find_recipe("trpo"))
+    smaller = ["iterations=1", "collect.steps=32", "evaluation.episodes=1", "evaluation.max_steps=20"]
+    config = load_config(recipe.CONFIG, path, [f"run.directory={tmp_path / 'run'}", *smaller])
+    try:
+        environment = gymnasium.make(config.environment.id)
+    except gymnasium.error.DependencyNotInstalled as missing:
+        pytest.skip(str(missing))
+    metrics = recipe.main(config)
+    assert metrics["rows"] == config.environment.num_envs
+    observation, _ = environment.reset(seed=0)
+    assert environment.action_space.contains(load(tmp_path / "run/policy").predict(observation))
+
+
+@pytest.mark.slow
+def test_a_resumed_recipe_equals_an_uninterrupted_one(tmp_path):
+    recipe = import_recipe(find_recipe("trpo"))
+    path = next(path for path in RECIPE_CONFIGS if path.stem == "cartpole_dual")
+
+    def run(folder, iterations, *more):
+        overrides = [f"run.directory={tmp_path / folder}", f"iterations={iterations}", "collect.steps=64", *more]
+        return recipe.main(load_config(recipe.CONFIG, path, [*overrides, "evaluation.episodes=2"]))
+
+    straight = run("straight", 4)
+    run("halves", 2)
+    resumed = run("halves", 4, "run.resume=true")
+    same = [name for name in straight if not name.startswith("time/")]
+    assert {name: resumed[name] for name in same} == {name: straight[name] for name in same}
