@@ -46,7 +46,12 @@ def smaller(path):
     return ["environment.num_envs=2", "collect.steps=32", "algorithm.minibatches=4", "algorithm.epochs=2"]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def in_order(path):
+    """CartPole's configs are fast; environments that need extras, or one loop per environment, are not."""
+    return pytest.param(path, id=path.stem, marks=() if path.stem.startswith("cartpole") else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("path", [in_order(path) for path in CONFIGS])
 def test_a_config_says_what_it_shows_and_runs(recipe, tmp_path, path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ")

@@ -348,6 +348,7 @@ def test_the_identity_is_learned(make, name, kind):
 RECIPE_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "recipes/configs/trpo").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPE_CONFIGS, ids=lambda path: path.stem)
 def test_every_config_runs(tmp_path, path):
     recipe = import_recipe(find_recipe("trpo"))
