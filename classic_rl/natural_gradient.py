@@ -159,7 +159,7 @@ def natural_step(
 
 def actor_parameters(policy: ActorCritic) -> list[nn.Parameter]:
     """The weights that act, in the order of `FisherProduct`'s vectors: actor layers, then free deviations."""
-    layers = [parameter for layer in _mlp(policy.actor).layers for parameter in (layer.weight, layer.bias)]
+    layers = [layer.get_parameter(name) for layer in _mlp(policy.actor).layers for name in ("weight", "bias")]
     return [*layers, *policy.distribution.parameters()]
 
 
