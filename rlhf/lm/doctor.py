@@ -196,13 +196,13 @@ def check_groups(evidence: Evidence) -> Finding | None:
     if evidence.uniform_groups is None:
         return None
     measured = f"{evidence.uniform_groups:.0%} of groups have equal rewards"
-    if evidence.uniform_groups < 0.5:
+    if evidence.uniform_groups < 0.5 or not evidence.needs_groups:  # a critic's advantages need no group to differ
         return Finding(name="groups", verdict="ok", measured=measured)
     remedy = (
         "these teach nothing: take prompts of middling difficulty, a larger collector.group_size, a higher "
         "temperature, or collector.dynamic_sampling"
     )
-    hopeless = evidence.uniform_groups == 1.0 and evidence.needs_groups and len(evidence.scores) >= ENOUGH
+    hopeless = evidence.uniform_groups == 1.0 and len(evidence.scores) >= ENOUGH
     return Finding(name="groups", verdict="refused" if hopeless else "warning", measured=measured, remedy=remedy)
 
 

@@ -155,8 +155,9 @@ def test_groups_without_variance_are_named():
     assert findings["groups"].verdict == "refused"
     assert findings["groups"].measured == "100% of groups have equal rewards"
     assert findings["reward_varies"].verdict == "ok"
-    # PPO does not compare within groups; it still hears of it.
-    assert diagnose(reward=by_prompt)["groups"].verdict == "warning"
+    assert diagnose(preset="grpo", reward=by_prompt, prompts_per_iteration=4)["groups"].verdict == "warning"
+    # PPO with a critic does not compare within groups.
+    assert diagnose(reward=by_prompt)["groups"].verdict == "ok"
 
 
 def test_a_limit_that_is_too_short_is_named():
