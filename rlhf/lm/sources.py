@@ -1,4 +1,4 @@
-"""Where a recipe's records and rewards come from: data files, or a procedural task."""
+"""Where a recipe's records and rewards come from: data files, a procedural task, or reasoning-gym."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from rlhf.config import Config
 from rlhf.data.loading import DataConfig, load_demonstrations, load_prompts, split_holdout
 from rlhf.data.records import Demonstration, Prompt
+from rlhf.errors import ConfigError
+from rlhf.lm.reasoning import ReasoningGymConfig, make_reasoning_prompts
 from rlhf.lm.tasks import Task, TaskConfig, make_task
 from rlhf.rewards.combination import CombinedReward, RewardPart
 from rlhf.rewards.loading import load_reward
@@ -19,12 +21,14 @@ Record = TypeVar("Record", Prompt, Demonstration)
 
 
 class SourceConfig(Config):
-    """Records to learn from and records held out: a procedural task or data files, exactly one of them."""
+    """Records to learn from and records held out: a procedural task, reasoning-gym or data files, exactly one."""
 
     task: TaskConfig | None = None
     """A procedural task; it brings its own held-out records."""
     data: DataConfig | None = None
     """A file, a folder or a hub id."""
+    reasoning_gym: ReasoningGymConfig | None = None
+    """Tasks of reasoning-gym by name; prompts only."""
     held_out_data: DataConfig | None = None
     """Held-out records of their own; None takes `held_out` off `data`."""
     held_out: int = Field(200, ge=1)
@@ -34,9 +38,11 @@ class SourceConfig(Config):
 
     @model_validator(mode="after")
     def _refuse_two_sources(self) -> Self:
-        if (self.task is None) == (self.data is None):
-            raise ValueError("give exactly one of task (a procedural task) and data (a file, folder or hub id)")
-        if self.task is not None and self.held_out_data is not None:
+        if sum(source is not None for source in (self.task, self.data, self.reasoning_gym)) != 1:
+            raise ValueError(
+                "give exactly one of task (a procedural task), data (a file, folder or hub id) and reasoning_gym"
+            )
+        if self.data is None and self.held_out_data is not None:
             raise ValueError("a task brings its own held-out records; remove held_out_data")
         return self
 
@@ -51,6 +57,8 @@ def load_prompt_sets(source: SourceConfig) -> tuple[list[Prompt], list[Prompt]]:
     Raises:
         DataError: The data cannot be read, or rows are bad.
     """
+    if source.reasoning_gym is not None:
+        return make_reasoning_prompts(source.reasoning_gym)
     task = source.make_task()
     return (task.prompts, task.held_out_prompts) if task is not None else _load_split(source, load_prompts)
 
@@ -68,7 +76,12 @@ def load_demonstration_sets(source: SourceConfig) -> tuple[list[Demonstration], 
 
 
 def _load_split(source: SourceConfig, load: Callable[[DataConfig], list[Record]]) -> tuple[list[Record], list[Record]]:
-    assert source.data is not None
+    if source.data is None:
+        raise ConfigError(
+            "reasoning-gym has prompts and no demonstrations",
+            where="prompts.reasoning_gym",
+            remedy="Remove sft, or give it data of its own.",
+        )
     records = load(source.data)
     if source.held_out_data is not None:
         return records, load(source.held_out_data)

@@ -37,7 +37,9 @@ Text: TypeAlias = str | list[dict[str, Any]]
 class RewardFunction(Protocol):
     """Anything that can be called with prompts, completions and columns and gives one score per completion."""
 
-    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Sequence[float | None]:
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], **columns: Any
+    ) -> Sequence[float | Sequence[float] | Mapping[int, float] | None]:
         """Score completions; see the module's docstring."""
         ...
 
