@@ -299,7 +299,7 @@ def observation_form(space: spaces.Space) -> tuple[tuple[int, ...], Any]:
         ConfigError: The space is none that networks here can read.
     """
     if is_image(space):
-        return space.shape, np.uint8
+        return tuple(space.shape or ()), np.uint8
     return (observation_size(space),), np.float32
 
 

@@ -122,7 +122,7 @@ class QNetwork(nn.Module):
         if self.plain is None or self.convolutions is not None or self.config.kernel != "auto":
             return False
         weight = self.plain.layers[0].weight
-        return weight.is_cpu and weight.dtype == torch.float32
+        return bool(weight.is_cpu) and weight.dtype == torch.float32
 
     def features(self, observations: Tensor) -> Tensor:
         """What the streams share, [B, F]."""
@@ -139,6 +139,7 @@ class QNetwork(nn.Module):
         dueling = self.config.dueling
         if dueling is not None and dueling.rescale_trunk_gradient and x.requires_grad:
             x = x * 0.5**0.5 + x.detach() * (1 - 0.5**0.5)
+        assert self.advantage is not None
         advantages = self.advantage(x).view(-1, self.num_actions, self.size)
         return None if self.value is None else self.value(x).view(-1, 1, self.size), advantages
 
@@ -183,7 +184,7 @@ def _convolutions(space: spaces.Space, config: QNetworkConfig) -> tuple[nn.Modul
         if config.convolutions != "none":
             raise ConfigError("vectors need no convolutions", where="network.convolutions", got=str(space))
         return None, observation_size(space)
-    shape = space.shape
+    shape = tuple(space.shape or ())
     match config.convolutions:
         case "none":
             raise ConfigError(
