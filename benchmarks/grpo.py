@@ -3,14 +3,18 @@
     python benchmarks/grpo.py                       # every case; writes benchmarks/results/grpo.{md,json}
     python benchmarks/grpo.py --cases tiny_32 --steps 20
 
+The table is written after each case. Rows of cases that are not run again stay, if they were measured with the same
+versions and threads.
+
 Both start from the same folder on the CPU in float32 and make one optimizer step per rollout of 8 prompts x 8
 completions, without a KL term. Time is measured in one process, the two taking turns within TRL's training loop, so
 that a busy machine slows both alike. Peak memory is measured in a process for each side. TRL skips the old-log-prob
 forward in this setting; ours is measured with it (`recompute`) and without (`auto`, the default, which makes it every
 20th step).
 
-Cases without an end (`tiny_32`, `tiny_128`, `small_128`) run every completion to the limit: the end token lies outside
-the model's vocabulary. In `tiny_ends` the model ends a completion after 40 tokens on average, 128 at most.
+Cases without an end run every completion to the limit: the end token lies outside the model's vocabulary. In
+`tiny_ends` the model ends a completion after 40 tokens on average, 128 at most. `wide_24` has a small body under a
+vocabulary of 151,665: that of the Qwen tokenizer where its folder is found (`--tokenizer`), else as many characters.
 """
 
 from __future__ import annotations
@@ -23,10 +27,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,35 +52,67 @@ MODELS = {
         "num_attention_heads": 6,
         "vocab": 8192,
     },
+    "wide": {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab": 151_665,
+    },
 }
+
+
+class Case(NamedTuple):
+    """What is measured in one row of the table."""
+
+    model: str
+    limit: int
+    """Most tokens of a completion."""
+    ends: bool
+    steps: int
+    """Measured steps of each side."""
+
+
 CASES = {
-    "tiny_32": ("tiny", 32, False),
-    "tiny_128": ("tiny", 128, False),
-    "tiny_ends": ("tiny", 128, True),
-    "small_128": ("small", 128, False),
+    "tiny_32": Case("tiny", 32, ends=False, steps=15),
+    "tiny_128": Case("tiny", 128, ends=False, steps=11),
+    "tiny_ends": Case("tiny", 128, ends=True, steps=11),
+    "small_128": Case("small", 128, ends=False, steps=3),
+    "wide_24": Case("wide", 24, ends=False, steps=3),
 }
+TOKENIZER = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "qwen2.5"
+"""Of the wide model; see `--tokenizer`."""
 MEAN_LENGTH = 40
 """Of completions in cases with an end."""
 
 
-def make_model(folder: Path, case: str) -> None:
-    """Write a random Llama and a tokenizer of one token per character."""
-    from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm
+def make_model(folder: Path, case: Case, wide_tokenizer: Path) -> str:
+    """Write a random Llama and its tokenizer; return what the tokenizer is."""
+    from rlhf.lm.loading import ModelConfig, load_causal_lm, load_tokenizer
 
-    name, limit, ends = CASES[case]
-    shape = dict(MODELS[name])
+    shape = dict(MODELS[case.model])
     vocabulary = shape.pop("vocab")
-    tokenizer = character_tokenizer("".join(chr(0x4E00 + index) for index in range(vocabulary - 3)))
+    real = case.model == "wide" and wide_tokenizer.is_dir()
+    tokenizer = load_tokenizer(wide_tokenizer) if real else _one_token_per_character(vocabulary)
+    assert len(tokenizer) == vocabulary, f"{wide_tokenizer} has {len(tokenizer)} tokens, not {vocabulary}"
     torch.manual_seed(0)
-    settings = {"model_type": "llama", **shape, "max_position_embeddings": PROMPT_LENGTH + limit}
+    settings = {"model_type": "llama", **shape, "max_position_embeddings": 1024}
     model = load_causal_lm(ModelConfig(config=settings), tokenizer)
-    if ends:
+    if case.ends:
         _make_ends_likely(model, tokenizer.eos_token_id, vocabulary)
     else:
         tokenizer.add_special_tokens({"eos_token": "<never>"})  # one past the vocabulary: the model cannot write it
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return wide_tokenizer.name if real else "one token per character"
+
+
+def _one_token_per_character(vocabulary: int) -> Any:
+    from rlhf.lm.loading import character_tokenizer
+
+    first = 0x4E00 if vocabulary < 20_000 else 0x20000  # past the surrogates, which are no characters
+    return character_tokenizer("".join(chr(first + index) for index in range(vocabulary - 3)))
 
 
 @torch.no_grad()
@@ -239,7 +275,7 @@ def make_stopwatch(between: Callable[[], None]) -> Any:
 
 def compare(case: str, folder: Path, steps: int, warm_up: int) -> dict[str, Any]:
     """Time both sides, taking turns."""
-    _, limit, _ = CASES[case]
+    limit = CASES[case].limit
     ours = {name: Ours(folder, limit, name) for name in ("recompute", "auto")}
     seconds: dict[str, list[float]] = {name: [] for name in ours}
 
@@ -307,6 +343,8 @@ def measure_memory(case: str, side: str, folder: Path, steps: int) -> float:
         str(folder),
         "--steps",
         str(steps),
+        "--threads",
+        str(torch.get_num_threads()),
     ]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
     return float(output.strip().splitlines()[-1])
@@ -314,7 +352,7 @@ def measure_memory(case: str, side: str, folder: Path, steps: int) -> float:
 
 def run_side(case: str, side: str, folder: Path, steps: int) -> None:
     """Make steps of one side alone and print the peak memory."""
-    _, limit, _ = CASES[case]
+    limit = CASES[case].limit
     if side == "trl":
         make_trl(folder, limit, steps, folder / "trl").train()
     else:
@@ -326,43 +364,71 @@ def run_side(case: str, side: str, folder: Path, steps: int) -> None:
     print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
 
 
-def write_results(results: list[dict[str, Any]], threads: int) -> None:
-    """Write the table and the numbers behind it."""
+def environment(threads: int) -> str:
+    """What every row of one table must have in common."""
     import transformers
     import trl
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
+    return f"{threads} threads, {versions}"
+
+
+def kept_results(cases: Sequence[str], measured_with: str) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier table of the same environment whose cases are not run now."""
+    path = RESULTS / "grpo.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    if not isinstance(earlier, dict) or earlier.get("environment") != measured_with:
+        return {}
+    return {row["case"]: row for row in earlier["rows"] if row["case"] in CASES and row["case"] not in cases}
+
+
+def write_results(results: dict[str, dict[str, Any]], measured_with: str) -> None:
+    """Write the table and the numbers behind it."""
+    rows = [results[case] for case in CASES if case in results]
     lines = [
         "# One GRPO step: ours against TRL's GRPOTrainer",
         "",
-        f"8 prompts x 8 completions, one optimizer step, no KL term, CPU float32, {threads} threads, {versions}. "
-        "Medians; the ratio is the median over turns of TRL's time / ours. Written by `python benchmarks/grpo.py`.",
+        f"8 prompts x 8 completions, one optimizer step, no KL term, CPU float32, {measured_with}. "
+        "Medians; the ratio is the median over turns of TRL's time / ours. Written by `python benchmarks/grpo.py`, "
+        "which says what the cases are.",
         "",
         "| case | TRL s | ours s | ratio | ours with that forward s | ratio | generation share TRL / ours "
-        "| mean length TRL / ours | peak GiB TRL / ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| mean length TRL / ours | peak GiB TRL / ours | ours / TRL |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in results:
+    for r in rows:
         lines.append(
             f"| {r['case']} | {r['trl_seconds']:.3f} | {r['auto_seconds']:.3f} | {r['auto_ratio']:.2f} "
             f"| {r['recompute_seconds']:.3f} | {r['recompute_ratio']:.2f} "
             f"| {r['trl_generation_share']:.0%} / {r['auto_generation_share']:.0%} "
             f"| {r['trl_length_mean']:.1f} / {r['our_length_mean']:.1f} "
-            f"| {r['trl_gib']:.2f} / {r['auto_gib']:.2f} |"
+            f"| {r['trl_gib']:.2f} / {r['auto_gib']:.2f} | {r['auto_gib'] / r['trl_gib']:.2f} |"
         )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "grpo.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "grpo.json").write_text(json.dumps(results, indent=2) + "\n")
-    print("\n".join(lines))
+    (RESULTS / "grpo.json").write_text(json.dumps({"environment": measured_with, "rows": rows}, indent=2) + "\n")
+    print("\n".join(lines), flush=True)
+
+
+def measure_case(name: str, *, steps: int | None, warm_up: int, wide_tokenizer: Path) -> dict[str, Any]:
+    """Time and memory of one case."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokenizer = make_model(folder, CASES[name], wide_tokenizer)
+        # Memory first: each side has a process of its own, and this one is still small.
+        memory = {f"{side}_gib": measure_memory(name, side, folder, 2) for side in ("trl", "auto")}
+        result = compare(name, folder, steps or CASES[name].steps, warm_up)
+    return result | memory | {"tokenizer": tokenizer}
 
 
 def main() -> None:
     """Run the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--steps", type=int, default=15, help="measured steps of each side")
-    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="measured steps of each side, instead of the case's own number")
+    parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder of the wide model's tokenizer")
     parser.add_argument("--side", choices=["trl", "recompute", "auto"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -370,17 +436,13 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if options.side:
         return run_side(options.cases[0], options.side, options.folder, options.steps)
-    results = []
+    measured_with = environment(options.threads)
+    results = kept_results(options.cases, measured_with)
     for case in options.cases:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            make_model(folder, case)
-            result = compare(case, folder, options.steps, options.warm_up)
-            for side in ("trl", "recompute", "auto"):
-                result[f"{side}_gib"] = measure_memory(case, side, folder, 4)
-            results.append(result)
-            print(json.dumps(result))
-    write_results(results, options.threads)
+        results[case] = measure_case(
+            case, steps=options.steps, warm_up=options.warm_up, wide_tokenizer=options.tokenizer
+        )
+        write_results(results, measured_with)
     return None
 
 
