@@ -24,8 +24,11 @@ class LinearSchedule(Config):
         >>> LinearSchedule(start=1.0, end=0.0, over=0.5)(0.25)
         0.5
         """
-        done = min(1.0, progress / self.over)
-        return self.start + (self.end - self.start) * done
+        return _along(self, progress)
+
+
+def _along(line: LinearSchedule, progress: float) -> float:
+    return line.start + (line.end - line.start) * min(1.0, progress / line.over)
 
 
 def constant(value: float) -> LinearSchedule:
