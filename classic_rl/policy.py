@@ -39,8 +39,8 @@ class ActorCritic(nn.Module):
         self.network_config = network or NetworkConfig()
         self.observation_space, self.action_space = observation_space, action_space
         sizes = [observation_size(observation_space), *self.network_config.hidden_sizes]
-        shared = ("activation", "kernel", "initialization")
-        settings = {name: getattr(self.network_config, name) for name in shared}
+        own = self.network_config
+        settings = {"activation": own.activation, "kernel": own.kernel, "initialization": own.initialization}
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
