@@ -22,11 +22,6 @@ class ScalarValues(Config):
     huber: float | None = Field(1.0, gt=0)
     """Errors beyond this count linearly (1 is Mnih et al.'s error clipping); null squares all."""
 
-    @property
-    def size(self) -> int:
-        """M."""
-        return 1
-
 
 class CategoricalValues(Config):
     """A distribution over fixed atoms: C51 (Bellemare et al. 2017, https://arxiv.org/abs/1707.06887)."""
@@ -45,11 +40,6 @@ class CategoricalValues(Config):
             raise ValueError(f"low = {self.low} must be below high = {self.high}")
         return self
 
-    @property
-    def size(self) -> int:
-        """M."""
-        return self.atoms
-
 
 class QuantileValues(Config):
     """Quantiles of the return at fixed levels: QR-DQN (Dabney et al. 2018, https://arxiv.org/abs/1710.10044)."""
@@ -59,11 +49,6 @@ class QuantileValues(Config):
     """How many, at the levels (i + 1/2) / quantiles."""
     huber: float | None = Field(1.0, gt=0)
     """kappa of the quantile Huber loss; null is plain quantile regression."""
-
-    @property
-    def size(self) -> int:
-        """M."""
-        return self.quantiles
 
 
 Values = Annotated[ScalarValues | CategoricalValues | QuantileValues, Field(discriminator="type")]
@@ -80,6 +65,17 @@ class LossAndGradient(NamedTuple):
     """[B] >= 0, what prioritized replay takes as |delta|."""
     predictions: Tensor
     """[B], Q(s, a) of the taken actions."""
+
+
+def outputs_per_action(values: Values) -> int:
+    """Return M."""
+    match values:
+        case ScalarValues():
+            return 1
+        case CategoricalValues():
+            return values.atoms
+        case QuantileValues():
+            return values.quantiles
 
 
 def expected_values(outputs: Tensor, values: Values) -> Tensor:

@@ -28,6 +28,7 @@ from classic_rl.distributional import (
     Values,
     categorical_loss,
     expected_values,
+    outputs_per_action,
     project,
     quantile_loss,
     scalar_loss,
@@ -112,13 +113,13 @@ class DQN:
             num_actions=self.num_actions if action_masks else None,
         )
         self._synchronized = 0
-        self._output_shape = (self.num_actions, config.values.size)
+        self._output_shape = (self.num_actions, outputs_per_action(config.values))
 
     def _network(self, seed: int) -> QNetwork:
         return QNetwork(
             self.observation_space,
             self.num_actions,
-            size=self.config.values.size,
+            size=outputs_per_action(self.config.values),
             config=self.config.network,
             seed=seed,
         ).to(self.device)

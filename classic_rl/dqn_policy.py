@@ -11,7 +11,7 @@ from gymnasium import spaces
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from classic_rl.distributional import Values, expected_values
+from classic_rl.distributional import Values, expected_values, outputs_per_action
 from classic_rl.dqn_config import DQNConfig
 from classic_rl.networks import NumpyMirror
 from classic_rl.noisy import silence_noise
@@ -42,7 +42,7 @@ class GreedyQ:
         """Q [N, A] with the present noise."""
         if self.mirror is not None:
             outputs = self.mirror(observations)
-            if self.values.size == 1:
+            if outputs_per_action(self.values) == 1:
                 return outputs
             tensor = torch.from_numpy(outputs).view(len(outputs), self.network.num_actions, -1)
             return expected_values(tensor, self.values).numpy()
@@ -113,6 +113,6 @@ def load_policy(description: dict[str, Any], tensors: dict[str, Tensor]) -> Gree
     action_space = space_from_json(description["action_space"])
     values: Values = TypeAdapter(Values).validate_python(description["values"])
     config = QNetworkConfig(**description["network"])
-    network = QNetwork(observation_space, int(action_space.n), size=values.size, config=config)
+    network = QNetwork(observation_space, int(action_space.n), size=outputs_per_action(values), config=config)
     network.load_state_dict(tensors)
     return GreedyQ(network.requires_grad_(False), observation_space, action_space, values)
