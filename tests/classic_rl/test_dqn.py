@@ -127,8 +127,8 @@ def test_without_a_target_network_the_online_one_is_taken():
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_only_valid_actions_are_taken(told, num_envs):
     """The environment itself refuses others, while exploring and greedily, over resets too."""
-    agent, player = build("Valid-v0", num_envs=num_envs, kwargs={"told": told}, exploration={"final": 0.5})
-    player.play_until(400)
+    agent, player = build("Valid-v0", num_envs=num_envs, kwargs={"told": told}, exploration={"final": 0.5}, every=8)
+    player.play_until(200)
     environment = EnvironmentConfig(id="Valid-v0", kwargs={"told": told})
     assert evaluate_agent(agent, environment, EvaluationConfig(episodes=3))["return_mean"] == 20.0
     player.environments.close()
@@ -181,10 +181,10 @@ def test_a_hard_target_is_copied_when_due_and_not_between():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_equals_an_uninterrupted_one(variant):
     """Bitwise: metrics, weights, target, replay draws, exploration and noise, in the same episodes."""
-    straight = build(**VARIANTS[variant])
+    straight = build(every=4, **VARIANTS[variant])
     straight[1].play_until(120)
     saved = [part.state_dict() for part in straight]
-    resumed = build(**VARIANTS[variant])
+    resumed = build(every=4, **VARIANTS[variant])
     resumed[1].play_until(55)  # whatever it was before is replaced
     for part, state in zip(resumed, saved, strict=True):
         part.load_state_dict(state)
