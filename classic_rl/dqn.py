@@ -35,7 +35,7 @@ from classic_rl.distributional import (
     support_of,
     taken,
 )
-from classic_rl.dqn_config import DQNConfig, HardTarget, SoftTarget
+from classic_rl.dqn_config import DQNConfig, HardTarget, SoftTarget, epsilon_at
 from classic_rl.dqn_policy import GreedyQ, policy_description
 from classic_rl.dqn_policy import load_policy as load_policy
 from classic_rl.networks import NumpyMirror
@@ -130,7 +130,7 @@ class DQN:
         """Share of random actions after `env_steps` steps; all of them are random before the first training."""
         if env_steps < self.schedule.start_steps:
             return 1.0
-        return self.config.exploration.at(env_steps, total_steps=self.schedule.total_steps)
+        return epsilon_at(self.config.exploration, env_steps, total_steps=self.schedule.total_steps)
 
     def act(self, observations: np.ndarray, *, env_steps: int, action_masks: np.ndarray | None = None) -> np.ndarray:
         """Epsilon-greedy actions [N]; random ones are drawn among the valid ones."""

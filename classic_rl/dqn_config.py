@@ -24,15 +24,16 @@ class EpsilonGreedy(Config):
     fraction: float = Field(0.1, ge=0, le=1)
     """Share of the run's steps over which it falls."""
 
-    def at(self, env_steps: int, *, total_steps: int) -> float:
-        """Return epsilon after `env_steps` steps.
 
-        >>> EpsilonGreedy(fraction=0.5, final=0.0).at(25, total_steps=100)
-        0.5
-        """
-        span = self.fraction * total_steps
-        done = 1.0 if env_steps >= span else env_steps / span
-        return self.initial + done * (self.final - self.initial)
+def epsilon_at(exploration: EpsilonGreedy, env_steps: int, *, total_steps: int) -> float:
+    """Return epsilon after `env_steps` of `total_steps` steps.
+
+    >>> epsilon_at(EpsilonGreedy(fraction=0.5, final=0.0), 25, total_steps=100)
+    0.5
+    """
+    span = exploration.fraction * total_steps
+    done = 1.0 if env_steps >= span else env_steps / span
+    return exploration.initial + done * (exploration.final - exploration.initial)
 
 
 class UniformReplay(Config):

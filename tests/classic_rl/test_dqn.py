@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 
 from classic_rl.agents import make_agent
-from classic_rl.dqn_config import DQNConfig, EpsilonGreedy, PrioritizedReplay
+from classic_rl.dqn_config import DQNConfig, EpsilonGreedy, PrioritizedReplay, epsilon_at
 from classic_rl.environments import EnvironmentConfig
 from classic_rl.evaluation import EvaluationConfig, evaluate_agent
 from classic_rl.off_policy import OffPolicySchedule, Player
@@ -137,13 +137,13 @@ def test_only_valid_actions_are_taken(told, num_envs):
 def test_epsilon_falls_linearly_then_stays():
     """From 1 to .05 over 16 % of 50,000 steps: .525 at 4,000."""
     epsilon = EpsilonGreedy(fraction=0.16, final=0.05)
-    assert [round(epsilon.at(step, total_steps=50_000), 6) for step in (0, 4000, 8000, 50_000)] == [
+    assert [round(epsilon_at(epsilon, step, total_steps=50_000), 6) for step in (0, 4000, 8000, 50_000)] == [
         1,
         0.525,
         0.05,
         0.05,
     ]
-    assert EpsilonGreedy(fraction=0.0, final=0.0).at(0, total_steps=10) == 0.0
+    assert epsilon_at(EpsilonGreedy(fraction=0.0, final=0.0), 0, total_steps=10) == 0.0
 
 
 def test_beta_rises_to_one():
