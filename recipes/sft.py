@@ -29,7 +29,7 @@ class SftRunConfig(Config):
 
 
 def main(config: SftRunConfig) -> dict[str, float]:
-    """Train, evaluate, save the model to `<run directory>/model`."""
+    """Train, evaluate, save the model to `<run directory>/model`, the best to `model_best` where asked for."""
     demonstrations, held_out = load_demonstration_sets(config.demonstrations)
     prompts = load_prompt_sets(config.demonstrations)[1] if config.reward is not None else []
     tokenizer = pick_tokenizer(config.model, config.demonstrations)
@@ -53,7 +53,8 @@ def main(config: SftRunConfig) -> dict[str, float]:
             accelerator=accelerator,
         )
 
-    metrics = optimize_sft(trainer, run, judge=judge if config.reward is not None else None)
+    judged = judge if config.reward is not None else None
+    metrics = optimize_sft(trainer, run, judge=judged, patience=config.training.patience)
     save_sft(trainer, run.directory / "model")
     return metrics
 

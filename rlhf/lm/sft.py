@@ -10,77 +10,40 @@ original weights. Later stages load the folder that is written here.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
 
-from rlhf.config import Config
 from rlhf.data.records import Demonstration
-from rlhf.data.tokenization import encode_completion, encode_prompt, require_special_tokens
+from rlhf.data.tokenization import end_token_ids, require_special_tokens
 from rlhf.data.tokenizer_saving import save_tokenizer
-from rlhf.errors import ConfigError, DataError, TrainingError
+from rlhf.errors import ConfigError, TrainingError
+from rlhf.lm.sft_best import BestModel
+from rlhf.lm.sft_config import SftConfig
+from rlhf.lm.sft_rows import IGNORED_LABEL, tokenize_demonstrations, warn_of_unlearned_ends
+from rlhf.training.distributed import gather_objects, preserved_random_state
 from rlhf.training.run import Run
 
-logger = logging.getLogger(__name__)
-
-IGNORED_LABEL = -100
-"""The label that torch's cross-entropy leaves out."""
+__all__ = [
+    "IGNORED_LABEL",
+    "SftConfig",
+    "evaluate_sft",
+    "make_sft_trainer",
+    "optimize_sft",
+    "save_sft",
+    "tokenize_demonstrations",
+    "train_sft",
+]
 
 LogFunction = Callable[[int, dict[str, float]], None]
 """(optimizer step, metrics) -> None"""
-
-
-class SftConfig(Config):
-    """How demonstrations are imitated."""
-
-    learning_rate: float = Field(2e-5, gt=0)
-    """Peak learning rate of AdamW."""
-    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How it falls over the run, to 0 at its end."""
-    warmup_fraction: float = Field(0.03, ge=0, lt=1)
-    """Share of the run in which the learning rate rises to its peak."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient of all parameters together is scaled down to this norm."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the demonstrations; not used where `max_steps` is set."""
-    max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps, instead of `epochs`."""
-    batch_size: int = Field(32, ge=1)
-    """Demonstrations (packed rows with `packing`) per optimizer step, over all processes."""
-    microbatch_size: int | None = Field(None, ge=1)
-    """Most rows in one forward of one process; None takes its whole share. Changes memory, not gradients."""
-    max_length: int = Field(1024, ge=2)
-    """Most tokens of prompt and completion together; the length of a packed row."""
-    too_long: Literal["error", "drop"] = "error"
-    """What happens to a longer demonstration. Cutting is not offered: it would teach answers without an end."""
-    packing: bool = False
-    """Put several demonstrations into one row; they do not see one another. Pays with flash attention on a GPU."""
-    completion_only: bool = True
-    """Learn the completion only, not the prompt."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Mixed precision; auto is bfloat16 on a GPU that has it, else float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
-
-    @model_validator(mode="after")
-    def _refuse_uneven_microbatches(self) -> Self:
-        if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of microbatch_size {self.microbatch_size}; make it one"
-            )
-        return self
 
 
 def train_sft(
@@ -133,26 +96,41 @@ def train_sft(
     return metrics
 
 
-def optimize_sft(trainer: Any, run: Run, *, judge: Callable[[], dict[str, float]] | None = None) -> dict[str, float]:
+def optimize_sft(
+    trainer: Any,
+    run: Run,
+    *,
+    judge: Callable[[], dict[str, float]] | None = None,
+    patience: int | None = None,
+) -> dict[str, float]:
     """Train to the end inside a run: every optimizer step is one of its iterations.
+
+    With `run.best_metric` or `patience`, the model of the best evaluation is kept in `<run directory>/model_best`.
 
     Args:
         trainer: From `make_sft_trainer`.
         run: With `iterations=trainer.optimizer_steps`; with `run.resume` training goes on from the last checkpoint.
         judge: More to evaluate than the held-out loss, for instance answers of `trainer.model`.
+        patience: Evaluations without a better one after which the run ends; None never ends it early.
 
     Returns:
         The metrics of summary.json.
 
     Raises:
-        ConfigError: The run resumes, but the trainer has no checkpoint of that step.
+        ConfigError: The run resumes, but the trainer has no checkpoint of that step; or `patience` without
+            `run.evaluate_every`.
         TrainingError: The loss is not finite.
     """
+    if patience is not None and run.config.evaluate_every == 0:
+        raise ConfigError(
+            "patience counts evaluations, and the run has none on the way",
+            where="run.evaluate_every",
+            got=0,
+            remedy="Set run.evaluate_every to a number of steps, or training.patience to null.",
+        )
     folder = run.directory / "checkpoints" / "trainer"
     trainer.args.output_dir = str(folder)
     trainer.args.save_total_limit = run.config.keep_checkpoints
-    if run.config.checkpoint_every > 0:
-        trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, run.config.checkpoint_every
     checkpoint = folder / f"checkpoint-{run.completed}" if run.completed > 0 else None
     if checkpoint is not None and not checkpoint.is_dir():
         raise ConfigError(
@@ -160,8 +138,10 @@ def optimize_sft(trainer: Any, run: Run, *, judge: Callable[[], dict[str, float]
             where=str(checkpoint),
             remedy="Start over with run.overwrite=true; run.checkpoint_every writes checkpoints on the way.",
         )
-    run.evaluate = lambda: evaluate_sft(trainer) | (judge() if judge is not None else {})
-    trainer.add_callback(_RecordInRun(run))
+    evaluation = _Evaluation(trainer, run, judge=judge, patience=patience)
+    run.evaluate = evaluation
+    run.track(trainer=_TrainerCheckpoint(trainer))
+    trainer.add_callback(_RecordInRun(run, evaluation))
     try:
         outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except BaseException:
@@ -182,58 +162,15 @@ def evaluate_sft(trainer: Any) -> dict[str, float]:
 
 def save_sft(trainer: Any, folder: str | Path) -> None:
     """Write the model and its tokenizer as an ordinary folder."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    defaults, ends = getattr(model, "generation_config", None), end_token_ids(trainer.processing_class)
+    if defaults is not None:  # a template may close turns with another token than eos_token: generation stops at both
+        defaults.eos_token_id = ends if len(ends) > 1 else ends[0]
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle; model folders hold safetensors only
         save_tokenizer(trainer.processing_class, folder)
     trainer.accelerator.wait_for_everyone()
-
-
-def tokenize_demonstrations(
-    tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], *, config: SftConfig
-) -> tuple[list[dict[str, list[int]]], int]:
-    """Turn demonstrations into rows of token ids and labels.
-
-    Args:
-        tokenizer: The model's.
-        demonstrations: What to learn.
-        config: `max_length`, `too_long` and `completion_only` are read.
-
-    Returns:
-        Rows {"input_ids", "labels"}, labels -100 where nothing is learned, and the number of dropped demonstrations.
-
-    Raises:
-        DataError: A demonstration is too long and `too_long` is error, or no row is left.
-    """
-    rows, dropped = [], 0
-    for index, demonstration in enumerate(demonstrations):
-        where = demonstration.source or f"demonstration {index}"
-        prompt = encode_prompt(tokenizer, demonstration.prompt, where=where)
-        completion = encode_completion(tokenizer, demonstration.prompt, demonstration.completion, where=where)
-        if len(prompt) + len(completion) > config.max_length:
-            if config.too_long == "error":
-                raise DataError(
-                    "the demonstration is too long",
-                    where=where,
-                    got=f"{len(prompt) + len(completion)} tokens",
-                    expected=f"at most {config.max_length}",
-                    remedy="Raise max_length, or set too_long: drop.",
-                )
-            dropped += 1
-            continue
-        hidden = [IGNORED_LABEL] * len(prompt) if config.completion_only else prompt
-        rows.append({"input_ids": prompt + completion, "labels": hidden + completion})
-    if not rows:
-        raise DataError(
-            "no demonstration is left to learn from",
-            got=f"{dropped} dropped as longer than max_length={config.max_length}",
-            remedy="Raise max_length, or check the data file.",
-        )
-    if dropped:
-        logger.warning(
-            "%d of %d demonstrations are longer than max_length and were dropped.", dropped, len(demonstrations)
-        )
-    return rows, dropped
 
 
 def make_sft_trainer(
@@ -271,6 +208,7 @@ def make_sft_trainer(
 
     require_special_tokens(tokenizer)
     rows, dropped = tokenize_demonstrations(tokenizer, demonstrations, config=config)
+    warn_of_unlearned_ends(rows, tokenizer)
     held_out_rows = tokenize_demonstrations(tokenizer, held_out, config=config)[0] if held_out else []
     disable_progress_bar()
     with warnings.catch_warnings():
@@ -333,6 +271,7 @@ def _trl_settings(config: SftConfig, *, seed: int) -> Any:
         per_device_eval_batch_size=rows,
         gradient_accumulation_steps=share // rows,
         max_length=config.max_length,
+        neftune_noise_alpha=config.neftune_noise,
         packing=config.packing,
         eval_packing=False,
         logging_steps=1,
@@ -375,11 +314,56 @@ class _Tell(TrainerCallback):
             self._on_log(state.global_step, _our_names(logs))
 
 
+class _Evaluation:
+    """The run's evaluation, made once a step: both the early stop and the run ask for it."""
+
+    def __init__(
+        self, trainer: Any, run: Run, *, judge: Callable[[], dict[str, float]] | None, patience: int | None
+    ) -> None:
+        self._trainer, self._judge = trainer, judge
+        self._step, self._metrics = -1, dict[str, float]()
+        self.ends_because: str | None = None
+        self._best: BestModel | None = None
+        if run.config.best_metric is not None or patience is not None:
+            self._best = BestModel(
+                lambda: save_sft(trainer, run.directory / "model_best"),
+                metric=(run.config.best_metric or "loss").removeprefix("evaluation/"),
+                highest=run.config.best_metric is not None and run.config.best_is == "highest",
+                patience=patience,
+            )
+            run.track(best_model=self._best)
+
+    def __call__(self) -> dict[str, float]:
+        step = self._trainer.state.global_step
+        if step != self._step:
+            self._step = step
+            self._metrics = evaluate_sft(self._trainer) | (self._judge() if self._judge is not None else {})
+            if self._best is not None and step > 0:
+                self.ends_because = self._best.look(gather_objects(self._trainer.accelerator, self._metrics)[0])
+        return self._metrics
+
+
+class _TrainerCheckpoint:
+    """Writes the trainer's own checkpoint whenever the run writes one; `trainer.train` reads it when resuming."""
+
+    replicated = True
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, int]:
+        self._trainer._save_checkpoint(self._trainer.model, None)
+        return {"step": self._trainer.state.global_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing: weights, optimizer and schedule come from the trainer's folder of that step."""
+
+
 class _RecordInRun(TrainerCallback):
     """Makes every optimizer step one iteration of a run."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, evaluation: _Evaluation) -> None:
+        self._run, self._evaluation = run, evaluation
         self._iterations: Iterator[int] = iter(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -390,11 +374,20 @@ class _RecordInRun(TrainerCallback):
         assert iteration == state.global_step + 1, "run and trainer count different steps"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
-        if logs is not None and "loss" in logs:
-            self._run.finish_iteration(state.global_step, None, _our_names(logs))
+        if logs is None or "loss" not in logs:
+            return
+        every = self._run.config.evaluate_every
+        if every > 0 and state.global_step % every == 0:
+            with preserved_random_state():  # before the record, because it decides whether this step is the last
+                self._evaluation()
+        reason = self._evaluation.ends_because
+        self._run.finish_iteration(state.global_step, None, _our_names(logs), ends_because=reason)
+        if reason is not None:
+            control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         next(self._iterations, None)
+        self._iterations = iter(())  # after an early stop the run's own generator ends here
 
 
 def _our_names(logs: dict[str, Any]) -> dict[str, float]:
