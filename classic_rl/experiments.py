@@ -23,6 +23,7 @@ from classic_rl.episodes import CollectEpisodes, make_collector
 from classic_rl.evaluation import EvaluationConfig, evaluate
 from classic_rl.networks import NetworkConfig
 from classic_rl.policy import ActorCritic
+from classic_rl.randomization import RandomizationConfig
 from classic_rl.threads import limit_threads
 from classic_rl.trust_region import TrustRegion, TrustRegionLearner, shared_algorithm
 from rlhf.config import Config, validate
@@ -53,6 +54,8 @@ class Training(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = Field(0, ge=0)
     """Of weights, environments, actions and shuffling."""
+    worlds: dict[str, RandomizationConfig] = {}
+    """Name -> a world that the trained policy is evaluated in besides; ranges of one value fix its parameters."""
     record: list[str] = []
     """Metrics kept per iteration besides the returns, such as `entropy`."""
     measure_distance: bool = False
@@ -76,7 +79,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     Returns:
         "env_steps" and "returns" per iteration (the mean return of the training episodes that ended in it, null where
         none did), "last_100" (mean return of the last 100 training episodes), "greedy" (mean return of the greedy
-        evaluation), "recorded" {metric: [per iteration]}, "reached_at" (environment steps at which `ends_at_return`
+        evaluation), "worlds" {world: mean greedy return
+        in it}, "recorded" {metric: [per iteration]}, "reached_at" (environment steps at which `ends_at_return`
         was reached, or null), "seconds"; with "diverged", the reason, where the loss or the gradient became infinite:
         training ends there and the numbers are those until then.
     """
@@ -103,11 +107,18 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         "returns": memory.returns,
         "last_100": memory.last_100,
         "greedy": evaluation["return_mean"],
+        "worlds": {name: _in_world(learner.policy, config, world, normalizer) for name, world in config.worlds.items()},
         "recorded": memory.recorded,
         "reached_at": memory.env_steps[-1] if memory.ended_because is not None else None,
         "seconds": time.monotonic() - started,
         **({} if diverged is None else {"diverged": diverged}),
     }
+
+
+def _in_world(policy: ActorCritic, config: Training, world: RandomizationConfig, normalizer: Any) -> float:
+    """Mean greedy return where the environment is as `world` says, whatever it was in training."""
+    environment = config.environment.model_copy(update={"randomization": world})
+    return evaluate(policy, environment, config.evaluation, normalizer=normalizer)["return_mean"]
 
 
 def _make(config: Training) -> tuple[Any, Any]:

@@ -1,0 +1,39 @@
+"""Train in one world and in randomized ones, then try every policy in worlds that differ from the simulator."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import Field
+
+from classic_rl.experiment_grid import Grid, run_grid
+from classic_rl.experiments_randomization import report
+from rlhf.cli import launch
+from rlhf.config import Config
+from rlhf.training.run import Run, RunConfig
+
+
+class DomainRandomizationConfig(Config):
+    """What is trained, and how many runs go at a time."""
+
+    grid: Grid
+    jobs: int = Field(2, ge=1)
+    """Runs at a time, each in a process with one thread."""
+    run: RunConfig = RunConfig()
+
+
+def main(config: DomainRandomizationConfig) -> dict[str, float]:
+    """Write `table.md`, `figure.png` and `results.json` into the run directory."""
+    run = Run(config.run, resolved=config, iterations=0, recipe="domain_randomization")
+    results = run_grid(config.grid, directory=run.directory, jobs=config.jobs, name="domain_randomization")
+    table, numbers = report(config.grid, results, directory=run.directory)
+    (run.directory / "table.md").write_text(table, encoding="utf-8")
+    (run.directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    run.say(table)
+    return run.finish(**numbers)
+
+
+CONFIG = DomainRandomizationConfig
+
+if __name__ == "__main__":
+    launch(__file__)
