@@ -1,4 +1,4 @@
-"""The command line: `rlhf ls`, `rlhf cp`, `rlhf run`, `rlhf eval`, `rlhf explain`, `rlhf table`, `rlhf version`.
+"""The command line: `rlhf ls`, `cp`, `run`, `eval`, `explain`, `show-batch`, `table`, `version`.
 
 Torch and transformers are imported inside the commands that need them, so that `rlhf --help` answers at once.
 """
@@ -137,6 +137,26 @@ def explain_command(
         typer.echo(explain_config(resolved), nl=False)
 
 
+@app.command("show-batch")
+def show_batch_command(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .py file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, such as training.packing=true.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="A config's name, or the path of a YAML file.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to print.")] = 4,
+) -> None:
+    """Print the first batch of a recipe token by token: what is learned in colour, special tokens spelled out."""
+    from rlhf.commands import running
+    from rlhf.commands.showing import show_batch
+
+    with user_errors():
+        _, resolved = running.Request.make(recipe, config=config, overrides=overrides or []).load()
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        for line in show_batch(resolved, rows=rows, colour=colour):
+            typer.echo(line)
+
+
 @app.command("table")
 def table_command(
     folders: Annotated[
@@ -149,7 +169,9 @@ def table_command(
             help="A column: a metric at the end or at an iteration, its mean or each seed's value; may be repeated.",
         ),
     ] = None,
-    row: Annotated[str | None, typer.Option(help="What names a row: a setting's path, or seed.")] = None,
+    row: Annotated[
+        str | None, typer.Option(help="What names a row: a setting's path, config, folder, or seed (a row per run).")
+    ] = None,
     update: Annotated[
         Path | None, typer.Option(help="Write the tables of this markdown file anew, each from its own command.")
     ] = None,

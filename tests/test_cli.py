@@ -404,6 +404,8 @@ def test_table_columns_of_one_iteration_and_of_each_seed(tmp_path):
         "| 0 | 0.8 | 1 |",
         "| 1 | 0.9 | 1 |",
     ]
+    assert make_table([tmp_path], metrics=["accuracy"], row="config").splitlines()[2].startswith("| digits | 0.85")
+    assert make_table([tmp_path], metrics=["accuracy"], row="folder").splitlines()[2].startswith(f"| {tmp_path.name} |")
     with pytest.raises(UserError, match="no run has this metric"):
         make_table([tmp_path], metrics=["accuracy@7"])
     with pytest.raises(UserError, match="not a column"):

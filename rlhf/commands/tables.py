@@ -100,8 +100,8 @@ def make_table(folders: Iterable[Path], *, metrics: Sequence[str] | None = None,
         folders: Folders that hold finished runs, at any depth.
         metrics: The columns, each as `Column.parse` reads it; None shows the first `MOST_COLUMNS` metrics whose name
             starts with `evaluation/`, or of all where there is none, and names the others below the table.
-        row: What names a row: a setting such as `algorithm.preset`, or `seed` for a row per run; None takes recipe and
-            config.
+        row: What names a row: a setting such as `update.learning_rate`; `config`, the config's name; `folder`, the name
+            of the folder above the seeds'; `seed` makes a row per run. None takes recipe, config and what differs.
 
     Raises:
         UserError: A folder holds no finished run, no run has a metric that was asked for, or `row` is no setting.
@@ -130,6 +130,10 @@ def _row_names(groups: Sequence[FinishedRun], row: str | None) -> list[list[str]
         return [[run.recipe, label] for run, label in zip(groups, _labels(groups), strict=True)]
     if row == "seed":
         return [[str(run.seed)] for run in groups]
+    if row == "config":
+        return [[run.config_name] for run in groups]
+    if row == "folder":
+        return [[run.folder.parent.name] for run in groups]
     for run in groups:
         if row not in run.settings:
             raise UserError("a run has no such setting", where=str(run.folder), got=row)
