@@ -92,11 +92,20 @@ def test_a_microbatch_changes_no_weight(tmp_path):
         torch.testing.assert_close(pieces[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_rows_do_not_see_one_another(tmp_path):
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_packed_rows_do_not_see_one_another(tmp_path, completion_only):
+    """Nor is the first token of one learned from the last of another."""
     losses = []
     for packing in (False, True):
         told = []
-        settings = config(max_steps=1, batch_size=3, learning_rate=1e-9, packing=packing, max_length=32)
+        settings = config(
+            max_steps=1,
+            batch_size=3,
+            learning_rate=1e-9,
+            packing=packing,
+            max_length=32,
+            completion_only=completion_only,
+        )
         train_sft(
             make_model(),
             TOKENIZER,
