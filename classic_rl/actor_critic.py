@@ -125,7 +125,11 @@ class QActorCriticLearner:
 
         Returns:
             The shared learner's metrics of the actor, "critic_loss" before the last critic step, "q_mean".
+
+        Raises:
+            ConfigError: A network with convolutions or a memory, or masks of valid actions.
         """
+        self.policy.require_plain(rollout.inputs)
         loss = 0.0
         for _ in range(self.config.critic_steps):
             loss = self._critic_step(rollout)

@@ -18,17 +18,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from classic_rl.acting import Forward, valid_actions
 from classic_rl.environments import (
     EnvironmentConfig,
     make_environments,
-    reset_with_seeds,
     share_of_environments,
+    start_with_seeds,
 )
 from classic_rl.networks import NumpyMirror
 from classic_rl.normalization import ObservationNormalizer, RewardNormalizer
+from classic_rl.off_policy import observation_array
 from classic_rl.policy import ActorCritic
 from classic_rl.snapshots import restore, snapshot
-from classic_rl.spaces import flatten_observations, observation_size
+from classic_rl.spaces import observation_size
 from rlhf.config import Config
 from rlhf.core.algorithm import AlgorithmConfig
 from rlhf.core.masking import Reduce, identity
@@ -58,7 +60,7 @@ class Steps:
     """What happened, as arrays; observations are normalized and have one more entry in time than the rest."""
 
     observations: np.ndarray
-    """[N, T + 1, D] float32."""
+    """[N, T + 1, D] float32, images [N, T + 1, ...] uint8."""
     raw_observations: np.ndarray | None
     """[N, T + 1, D] float32, where they are normalized."""
     actions: np.ndarray
@@ -71,6 +73,12 @@ class Steps:
     """[N, T] bool."""
     mask: np.ndarray
     """[N, T] bool, False on reset steps and after the end of a row."""
+    action_masks: np.ndarray | None = None
+    """[N, T, A] bool, the valid actions, where the environment tells them."""
+    starts: np.ndarray | None = None
+    """[N, T + 1] bool, True where an episode's first observation stands; with a memory."""
+    memory: np.ndarray | None = None
+    """[N, K] float32, what the policy remembered before the first observation."""
     clipped_actions: float | None = None
     """Share of Box action components outside the bounds."""
 
@@ -111,9 +119,9 @@ class GymCollector:
             environment.num_envs, num_processes=self.processes.count, process=self.processes.index
         )
         self.total_envs, self.num_envs = environment.num_envs, self.share.stop - self.share.start
-        self.environments = make_environments(environment, num_envs=self.num_envs)
+        self.environments = make_environments(environment, num_envs=self.num_envs, images=True)
         self.space = self.environments.single_observation_space
-        self.mirror = NumpyMirror(policy.actor)
+        self.forward = Forward(policy)
         # Frozen at construction, before any checkpoint is restored; a checkpoint then brings its own.
         self.reference = copy.deepcopy(policy).requires_grad_(False) if algorithm.needs_reference else None
         self.observation_normalizer = self.reward_normalizer = None
@@ -135,6 +143,11 @@ class GymCollector:
         generator = np.random.default_rng((self.seed, self.collected, chunk))
         return self.policy.distribution.noise(generator, (steps, self.total_envs))[:, self.share]
 
+    @property
+    def mirror(self) -> NumpyMirror:
+        """The actor's layers in NumPy."""
+        return self.forward.mirror
+
     def normalized(self, raw: np.ndarray) -> np.ndarray:
         """Raw flattened observations as the policy sees them."""
         return raw if self.observation_normalizer is None else self.observation_normalizer(raw)
@@ -153,9 +166,10 @@ class GymCollector:
             self.observation_normalizer.update(steps.raw_observations[:, :-1][steps.mask], reduce=self.processes.reduce)
         observations = torch.from_numpy(steps.observations).to(device)
         actions = torch.from_numpy(steps.actions).to(device)
-        inputs = {"observations": observations[:, :-1]}
-        scores = self.policy.distribution.log_probs_and_entropy(self.policy.actor(inputs["observations"]), actions)
-        values = self.policy.values(observations) if self.algorithm.needs_critic else None
+        inputs, features = self._inputs(steps, observations)
+        outputs = self.policy.outputs(inputs, features=features[:, :-1])
+        scores = self.policy.distribution.log_probs_and_entropy(outputs, actions)
+        values = self.policy.values_of(features) if self.algorithm.needs_critic else None
         terminated = torch.from_numpy(steps.terminated).to(device)
         reference = None if self.reference is None else self.reference(inputs, actions).log_probs
         return Rollout(
@@ -172,6 +186,18 @@ class GymCollector:
             group_ids=group_ids,
             metrics=metrics,
         )
+
+    def _inputs(self, steps: Steps, observations: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What the policy is given again in updates, and its features [N, T + 1, F] including the last observation."""
+        device, whole = observations.device, {"observations": observations}
+        if steps.starts is not None and steps.memory is not None:
+            whole["starts"] = torch.from_numpy(np.ascontiguousarray(steps.starts)).to(device)
+            whole["memory"] = torch.from_numpy(steps.memory).to(device)
+        features = self.policy.features(whole)
+        inputs = {name: tensor if name == "memory" else tensor[:, :-1] for name, tensor in whole.items()}
+        if steps.action_masks is not None:
+            inputs["action_masks"] = torch.from_numpy(steps.action_masks).to(device)
+        return inputs, features
 
     def episode_metrics(self, returns: list[float], lengths: list[int], steps: Steps) -> dict[str, float]:
         """Statistics of the episodes that ended in this rollout, over all processes."""
@@ -275,18 +301,29 @@ class StepCollector(GymCollector):
                 remedy="Set collect: {type: episodes}.",
             )
         super().__init__(policy, environment, algorithm, **shared)
+        if self.reference is not None and policy.needs_rows:
+            raise ConfigError(
+                "these rows begin anywhere in an episode, where a reference would need a memory of its own",
+                where="network.memory",
+                got="an algorithm with a reference policy",
+                remedy="Set collect: {type: episodes}, or leave out the KL to the reference.",
+            )
         self.steps = collect.steps
         self._reset()
 
     def _reset(self) -> None:
         seeds = np.random.SeedSequence((self.seed, self.collected)).generate_state(self.total_envs)[self.share]
-        self.observations = reset_with_seeds(self.environments, seeds.tolist())
+        new, infos = start_with_seeds(self.environments, seeds.tolist())
+        self.observations = observation_array(self.space, new)
+        self.action_masks = valid_actions(self.environments, infos, self.policy)
         self.ended = np.zeros(self.num_envs, dtype=bool)
+        self.starts = np.ones(self.num_envs, dtype=bool)
+        self.forward.forget(self.num_envs)
         self.episode_returns, self.episode_lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
 
     def collect(self) -> Rollout:
         """Run the environments on and measure."""
-        self.mirror.refresh()
+        self.forward.refresh()
         steps = self._run()
         returns, lengths = self._finished_episodes(steps)
         rollout = self.rollout(steps, metrics=self.episode_metrics(returns, lengths, steps))
@@ -296,31 +333,41 @@ class StepCollector(GymCollector):
     def _run(self) -> Steps:
         """The hot loop: one network forward, one draw, one environment step, a few array writes."""
         length, distribution = self.steps, self.policy.distribution
-        noise = self.noise(length)
+        noise, memory = self.noise(length), self.forward.memory
         # Time comes first here so that each write is one contiguous block; rows come first in the rollout.
-        seen = np.empty((length + 1, self.num_envs, self.observations.shape[1]), dtype=np.float32)
+        seen = np.empty((length + 1, *self.observations.shape), dtype=self.observations.dtype)
         raw_seen = np.empty_like(seen) if self.observation_normalizer is not None else None
         actions = np.empty((length, self.num_envs, *distribution.action_shape), dtype=_numpy_dtype(distribution))
         rewards = np.empty((length, self.num_envs), dtype=np.float32)
         terminated, truncated = np.empty_like(rewards, dtype=bool), np.empty_like(rewards, dtype=bool)
         raw, clipped = self.observations, None if distribution.action_dtype == torch.int64 else 0
+        masks, starts, ended, masks_seen = self.action_masks, self.starts, self.ended, []
+        starts_seen = None if memory is None else np.empty((length + 1, self.num_envs), dtype=bool)
         for step in range(length):
             seen[step] = observations = self.normalized(raw)
             if raw_seen is not None:
                 raw_seen[step] = raw
-            actions[step] = drawn = distribution.sample(self.mirror(observations), noise[step])
+            if starts_seen is not None:
+                starts_seen[step] = starts
+            outputs = self.forward(observations, starts=starts, masks=masks)
+            actions[step] = drawn = distribution.sample(outputs, noise[step])
             accepted = distribution.to_environment(drawn)
-            new, rewards[step], terminated[step], truncated[step], _ = self.environments.step(accepted)
-            raw = flatten_observations(self.space, new)
+            new, rewards[step], terminated[step], truncated[step], infos = self.environments.step(accepted)
+            raw = observation_array(self.space, new)
+            starts, ended = ended, terminated[step] | truncated[step]
+            if masks is not None:
+                masks_seen.append(masks)
+                masks = valid_actions(self.environments, infos, self.policy, ended=ended)
             if clipped is not None:
                 clipped += np.count_nonzero(accepted.reshape(drawn.shape) != drawn)
         seen[length] = self.normalized(raw)
         if raw_seen is not None:
             raw_seen[length] = raw
-        ends = terminated | truncated
+        if starts_seen is not None:
+            starts_seen[length] = starts
         # The step after an end only resets; `ended` says so of the previous rollout's last step.
-        mask = ~np.concatenate([self.ended[None], ends[:-1]])
-        self.observations, self.ended = raw, ends[-1]
+        mask = ~np.concatenate([self.ended[None], (terminated | truncated)[:-1]])
+        self.observations, self.action_masks, self.starts, self.ended = raw, masks, starts, ended
         return Steps(
             observations=seen.swapaxes(0, 1),
             raw_observations=None if raw_seen is None else raw_seen.swapaxes(0, 1),
@@ -329,6 +376,9 @@ class StepCollector(GymCollector):
             terminated=terminated.T,
             truncated=truncated.T,
             mask=mask.T,
+            action_masks=np.stack(masks_seen, axis=1) if masks_seen else None,
+            starts=None if starts_seen is None else starts_seen.T,
+            memory=memory,
             clipped_actions=None if clipped is None else float(clipped / actions.size),
         )
 
@@ -351,6 +401,9 @@ class StepCollector(GymCollector):
             "environments": snapshot(self.environments),
             "observations": torch.from_numpy(self.observations.copy()),
             "ended": torch.from_numpy(self.ended.copy()),
+            "starts": torch.from_numpy(self.starts.copy()),
+            "action_masks": None if self.action_masks is None else torch.from_numpy(self.action_masks.copy()),
+            "memory": None if self.forward.memory is None else torch.from_numpy(self.forward.memory.copy()),
             "episode_returns": torch.from_numpy(self.episode_returns.copy()),
             "episode_lengths": torch.from_numpy(self.episode_lengths.copy()),
         }
@@ -367,8 +420,10 @@ class StepCollector(GymCollector):
             self._reset()
             return
         restore(self.environments, state["environments"])
-        for name in ("observations", "ended", "episode_returns", "episode_lengths"):
+        for name in ("observations", "ended", "starts", "episode_returns", "episode_lengths"):
             setattr(self, name, state[name].numpy().copy())
+        self.action_masks = None if state["action_masks"] is None else state["action_masks"].numpy().copy()
+        self.forward.memory = None if state["memory"] is None else state["memory"].numpy().copy()
 
 
 def _numpy_dtype(distribution: Any) -> type:

@@ -19,6 +19,9 @@ from rlhf.config import Config
 from rlhf.errors import ConfigError
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+MASKED = -1e8
+"""Logit of an invalid action: its probability is exactly 0, and p log p is 0 too, which -inf would make NaN
+(Huang and Ontanon 2022, https://arxiv.org/abs/2006.14171; masks are constant, so no gradient reaches the logit)."""
 
 
 class Distribution(Protocol):

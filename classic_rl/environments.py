@@ -147,6 +147,12 @@ def share_of_environments(num_envs: int, *, num_processes: int, process: int) ->
 
 
 def reset_with_seeds(environments: VectorEnv, seeds: Sequence[int]) -> np.ndarray:
+    """Reset environment i with `seeds[i]`, as `start_with_seeds`; returns the flattened first observations [N, D]."""
+    observations, _ = start_with_seeds(environments, seeds)
+    return flatten_observations(environments.single_observation_space, observations)
+
+
+def start_with_seeds(environments: VectorEnv, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
     """Reset environment i with `seeds[i]`; equal seeds give equal initial states.
 
     An environment's own vector form (CartPole's) knows one seed for all and keeps its states as columns of
@@ -157,22 +163,21 @@ def reset_with_seeds(environments: VectorEnv, seeds: Sequence[int]) -> np.ndarra
         seeds: One seed per environment.
 
     Returns:
-        [N, D] float32, the flattened first observations.
+        The first observations and infos, as gymnasium's `reset`.
 
     Raises:
         ConfigError: The environment's own vector form keeps its state elsewhere.
     """
     match environments.unwrapped:
         case SyncVectorEnv() | AsyncVectorEnv():
-            observations, _ = environments.reset(seed=[int(seed) for seed in seeds])
-            return flatten_observations(environments.single_observation_space, observations)
+            return environments.reset(seed=[int(seed) for seed in seeds])
         case CartPoleVectorEnv() as cart_poles:
             columns = {}
             for seed in dict.fromkeys(int(seed) for seed in seeds):
                 cart_poles.reset(seed=seed)
                 columns[seed] = cart_poles.state[:, 0].copy()
             cart_poles.state = np.stack([columns[int(seed)] for seed in seeds], axis=1)
-            return cart_poles.state.T.astype(np.float32)
+            return cart_poles.state.T.astype(np.float32), {}
     raise ConfigError(
         "this environment's own vector form cannot start each copy from a given seed",
         where="environment.vectorization",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,10 +10,11 @@ import torch
 from gymnasium.vector import VectorEnv
 from pydantic import Field
 
+from classic_rl.acting import Forward, valid_actions
 from classic_rl.collector import CollectSteps, GymCollector, StepCollector, Steps
-from classic_rl.environments import EnvironmentConfig, episode_limit, reset_with_seeds
+from classic_rl.environments import EnvironmentConfig, episode_limit, start_with_seeds
+from classic_rl.off_policy import observation_array
 from classic_rl.policy import ActorCritic
-from classic_rl.spaces import flatten_observations
 from rlhf.config import Config
 from rlhf.core.algorithm import AlgorithmConfig
 from rlhf.core.types import Rollout
@@ -35,47 +36,64 @@ class CollectEpisodes(Config):
 
 def play_episodes(
     environments: VectorEnv,
-    observations: np.ndarray,
-    act: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]],
+    seeds: Sequence[int],
+    act: Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]],
+    forward: Forward,
     *,
     max_steps: int,
+    normalized: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Steps:
     """Play one episode in every environment.
 
     Environments that end early are stepped on until the last one ends; those steps are masked out.
 
     Args:
-        environments: Freshly reset.
-        observations: [N, D] raw flattened first observations.
-        act: From raw observations and the step's number to (what the policy saw, actions, actions for the environment).
+        environments: They are reset here.
+        seeds: Of environment i's episode.
+        act: From what the policy sees, the step's number and the masks of valid actions to (actions, actions for the
+            environment). It calls `forward`.
+        forward: Whose memory begins here.
         max_steps: Where an episode is cut.
+        normalized: From raw observations to what the policy sees; None leaves them.
 
     Returns:
         Rows of the longest episode's length.
     """
-    alive = np.ones(environments.num_envs, dtype=bool)
-    space, raw = environments.single_observation_space, observations
+    space, policy = environments.single_observation_space, forward.policy
+    new, infos = start_with_seeds(environments, seeds)
+    masks = valid_actions(environments, infos, policy)
+    forward.forget(environments.num_envs)
+    memory, alive = forward.memory, np.ones(environments.num_envs, dtype=bool)
     record: list[tuple[np.ndarray, ...]] = []
+    raws, masks_seen = [observation_array(space, new)], []
+    seen = [raws[0] if normalized is None else normalized(raws[0])]
     while alive.any():
-        seen, actions, accepted = act(raw, len(record))
-        new, rewards, terminated, truncated, _ = environments.step(accepted)
+        actions, accepted = act(seen[-1], len(record), masks)
+        new, rewards, terminated, truncated, infos = environments.step(accepted)
+        over = terminated | truncated
+        if masks is not None:
+            masks_seen.append(masks)
+            masks = valid_actions(environments, infos, policy, ended=over)
         if len(record) + 1 == max_steps:
             truncated = truncated | ~terminated
-        record.append((seen, raw, actions, rewards.astype(np.float32), terminated & alive, truncated & alive, alive))
-        raw = flatten_observations(space, new)
+        record.append((actions, rewards.astype(np.float32), terminated & alive, truncated & alive, alive))
+        raws.append(observation_array(space, new))
+        seen.append(raws[-1] if normalized is None else normalized(raws[-1]))
         alive = alive & ~(terminated | truncated)
-    last = act(raw, len(record))[0]
-    seen, raws, actions, rewards, terminated, truncated, mask = (
-        np.stack(column, axis=1) for column in zip(*record, strict=True)
-    )
+    actions, rewards, terminated, truncated, mask = (np.stack(column, axis=1) for column in zip(*record, strict=True))
+    starts = np.zeros((len(mask), mask.shape[1] + 1), dtype=bool)
+    starts[:, 0] = True
     return Steps(
-        observations=np.concatenate([seen, last[:, None]], axis=1),
-        raw_observations=np.concatenate([raws, raw[:, None]], axis=1),
+        observations=np.stack(seen, axis=1),
+        raw_observations=None if normalized is None else np.stack(raws, axis=1),
         actions=actions,
         rewards=np.where(mask, rewards, 0.0).astype(np.float32),
         terminated=terminated,
         truncated=truncated,
         mask=mask,
+        action_masks=np.stack(masks_seen, axis=1) if masks_seen else None,
+        starts=None if memory is None else starts,
+        memory=memory,
     )
 
 
@@ -128,23 +146,28 @@ class EpisodeCollector(GymCollector):
 
     def collect(self) -> Rollout:
         """Play and measure."""
-        self.mirror.refresh()
+        self.forward.refresh()
         groups = self.total_envs // self.group_size
         seeds = np.random.SeedSequence((self.seed, self.collected)).generate_state(groups)
-        first = reset_with_seeds(self.environments, np.repeat(seeds, self.group_size)[self.share].tolist())
-        steps = play_episodes(self.environments, first, self._act, max_steps=self.max_steps)
+        steps = play_episodes(
+            self.environments,
+            np.repeat(seeds, self.group_size)[self.share].tolist(),
+            self._act,
+            self.forward,
+            max_steps=self.max_steps,
+            normalized=self.observation_normalizer,
+        )
         returns, lengths = steps.rewards.sum(axis=1).tolist(), steps.mask.sum(axis=1).tolist()
         group_ids = torch.arange(self.total_envs)[self.share] // self.group_size
         rollout = self.rollout(steps, metrics=self.episode_metrics(returns, lengths, steps), group_ids=group_ids)
         self.collected += 1
         return rollout
 
-    def _act(self, raw: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _act(self, seen: np.ndarray, step: int, masks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if step % _NOISE_CHUNK == 0:
             self._noise = self.noise(_NOISE_CHUNK, chunk=step // _NOISE_CHUNK)
-        observations = self.normalized(raw)
-        actions = self.policy.distribution.sample(self.mirror(observations), self._noise[step % _NOISE_CHUNK])
-        return observations, actions, self.policy.distribution.to_environment(actions)
+        actions = self.policy.distribution.sample(self.forward(seen, masks=masks), self._noise[step % _NOISE_CHUNK])
+        return actions, self.policy.distribution.to_environment(actions)
 
 
 def make_collector(

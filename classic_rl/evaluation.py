@@ -8,9 +8,9 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from pydantic import Field
 
-from classic_rl.environments import EnvironmentConfig, episode_limit, make_environments, reset_with_seeds
+from classic_rl.acting import Forward
+from classic_rl.environments import EnvironmentConfig, episode_limit, make_environments
 from classic_rl.episodes import play_episodes
-from classic_rl.networks import NumpyMirror
 from classic_rl.normalization import ObservationNormalizer
 from classic_rl.off_policy import action_masks_of, observation_array, start
 from classic_rl.policy import ActorCritic
@@ -53,12 +53,11 @@ def evaluate(
         ConfigError: Episodes may never end.
     """
     config = config or EvaluationConfig()
-    environments = make_environments(environment, num_envs=config.episodes)
+    environments = make_environments(environment, num_envs=config.episodes, images=True)
     try:
         limit = _require_limit(environments, config)
-        first = reset_with_seeds(environments, range(config.seed, config.seed + config.episodes))
-        actor = _Actor(policy, normalizer, config)
-        steps = play_episodes(environments, first, actor, max_steps=limit)
+        seeds, actor = range(config.seed, config.seed + config.episodes), _Actor(policy, config)
+        steps = play_episodes(environments, seeds, actor, actor.forward, max_steps=limit, normalized=normalizer)
     finally:
         environments.close()
     returns = steps.rewards.sum(axis=1, dtype=np.float64)
@@ -147,15 +146,14 @@ def play_greedily(
 
 
 class _Actor:
-    def __init__(self, policy: ActorCritic, normalizer: ObservationNormalizer | None, config: EvaluationConfig) -> None:
-        self.mirror, self.distribution, self.normalizer = NumpyMirror(policy.actor), policy.distribution, normalizer
+    def __init__(self, policy: ActorCritic, config: EvaluationConfig) -> None:
+        self.forward, self.distribution = Forward(policy), policy.distribution
         self.generator = None if config.deterministic else np.random.default_rng(config.seed)
 
-    def __call__(self, raw: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        observations = raw if self.normalizer is None else self.normalizer(raw)
-        parameters = self.mirror(observations)
+    def __call__(self, seen: np.ndarray, step: int, masks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        parameters = self.forward(seen, masks=masks)
         if self.generator is None:
             actions = self.distribution.greedy(parameters)
         else:
-            actions = self.distribution.sample(parameters, self.distribution.noise(self.generator, (len(raw),)))
-        return observations, actions, self.distribution.to_environment(actions)
+            actions = self.distribution.sample(parameters, self.distribution.noise(self.generator, (len(seen),)))
+        return actions, self.distribution.to_environment(actions)

@@ -20,8 +20,17 @@ Activation = Literal["tanh", "relu"]
 Initialization = Literal["orthogonal", "uniform"]
 
 
+class MemoryConfig(Config):
+    """What a recurrent policy remembers of its episode."""
+
+    cell: Literal["lstm", "gru"] = "lstm"
+    """LSTM or GRU, in one layer."""
+    size: int = Field(64, ge=1)
+    """Hidden units."""
+
+
 class NetworkConfig(Config):
-    """Separate actor and critic trunks of one shape."""
+    """Separate actor and critic trunks of one shape, after what they share: convolutions and a memory."""
 
     hidden_sizes: list[int] = Field(default=[64, 64])
     """Width of each hidden layer."""
@@ -33,6 +42,14 @@ class NetworkConfig(Config):
     """Box actions: exploration noise as a function of the state (gSDE), in place of independent noise."""
     initial_log_std: float = 0.0
     """Box actions: where the free log standard deviations start; 0 is a standard deviation of 1."""
+    convolutions: Literal["nature", "minatar", "none"] = "none"
+    """Of image observations: nature is Mnih et al. 2015's for 4 x 84 x 84 frames, minatar Young and Tian 2019's for
+    10 x 10 x channels. Actor and critic share them."""
+    image_features: int = Field(512, ge=1)
+    """Width of the shared layer after the convolutions."""
+    memory: MemoryConfig | None = None
+    """A recurrent policy: an LSTM or GRU that actor and critic share, before their own layers. Updates keep whole rows
+    (update.shuffle: rows)."""
     initialization: Initialization = "orthogonal"
     """orthogonal starts weights orthogonal and the actor's last layer 100 times smaller; uniform is torch's default."""
 

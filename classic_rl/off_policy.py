@@ -310,11 +310,13 @@ def observation_array(space: spaces.Space, observations: Any) -> np.ndarray:
     return flatten_observations(space, observations)
 
 
-def action_masks_of(environments: VectorEnv, infos: dict[str, Any]) -> np.ndarray | None:
+def action_masks_of(
+    environments: VectorEnv, infos: dict[str, Any], *, ended: np.ndarray | None = None
+) -> np.ndarray | None:
     """Return the valid actions [N, A] bool of the present observations, None where the environment tells none.
 
     They come as `info["action_mask"]` of every reset and step, or from a method `action_masks()` of the environment
-    (sb3-contrib's convention).
+    (sb3-contrib's convention). Where an episode has `ended` [N] everything is valid: nothing is done there.
 
     Raises:
         ConfigError: An observation without any valid action.
@@ -327,6 +329,8 @@ def action_masks_of(environments: VectorEnv, infos: dict[str, Any]) -> np.ndarra
             return None
         masks = [single.unwrapped.action_masks() for single in environments.unwrapped.envs]
     masks = np.stack([np.asarray(mask) for mask in masks]).astype(bool)
+    if ended is not None:
+        masks[ended] = True
     if not masks.any(axis=1).all():
         raise ConfigError("an observation without any valid action", where="action_mask", got=str(masks.astype(int)))
     return masks

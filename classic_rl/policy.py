@@ -8,15 +8,19 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from classic_rl.distributions import make_distribution
+from classic_rl.distributions import MASKED, make_distribution
+from classic_rl.encoders import make_encoder
 from classic_rl.networks import MLP, NetworkConfig
 from classic_rl.spaces import observation_size
 from classic_rl.state_dependent_exploration import StateDependentGaussian
 from rlhf.core.types import PolicyOutput
+from rlhf.errors import ConfigError
 
 
 class ActorCritic(nn.Module):
     """Two separate trunks: action parameters, and V(s) where a critic is wanted.
+
+    Images and a memory come first, in an `encoder` that both share (`classic_rl.encoders`).
 
     Args:
         observation_space: Space of one observation; observations arrive flattened (`classic_rl.spaces`).
@@ -38,12 +42,14 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.network_config = network or NetworkConfig()
         self.observation_space, self.action_space = observation_space, action_space
-        sizes = [observation_size(observation_space), *self.network_config.hidden_sizes]
         own = self.network_config
         settings = {"activation": own.activation, "kernel": own.kernel, "initialization": own.initialization}
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
+            self.encoder = make_encoder(observation_space, own)
+            inputs = observation_size(observation_space) if self.encoder is None else self.encoder.num_features
+            sizes = [inputs, *own.hidden_sizes]
             exploration = self.network_config.state_dependent
             if exploration is None:
                 self.distribution = make_distribution(action_space, initial_log_std=self.network_config.initial_log_std)
@@ -53,12 +59,55 @@ class ActorCritic(nn.Module):
             self.actor = MLP([*sizes, outputs], output_gain=0.01, with_features=with_features, **settings)
             self.critic = MLP([*sizes, 1], output_gain=1.0, **settings) if critic else None
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it must be given whole rows: a memory reads what came before."""
+        return self.encoder is not None and self.encoder.memory is not None
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the trunks read, [B, T, F].
+
+        Args:
+            inputs: "observations" [B, T, ...]; with a memory also "starts" [B, T] and "memory" [B, K], its state before
+                the first observation.
+        """
+        if self.encoder is None:
+            return inputs["observations"]
+        return self.encoder(inputs["observations"], starts=inputs.get("starts"), state=inputs.get("memory"))
+
+    def outputs(self, inputs: Mapping[str, Tensor], *, features: Tensor | None = None) -> Tensor:
+        """Parameters [B, T, K] of the distribution; "action_masks" [B, T, K] give invalid actions probability 0."""
+        outputs = self.actor(self.features(inputs) if features is None else features)
+        masks = inputs.get("action_masks")
+        return outputs if masks is None else outputs.masked_fill(~masks, MASKED)
+
     def forward(self, inputs: Mapping[str, Tensor], actions: Tensor) -> PolicyOutput:
         """Score actions [B, T, ...] taken at `inputs["observations"]` [B, T, D]; outputs [B, T]."""
-        observations = inputs["observations"]
-        log_probs, entropy = self.distribution.log_probs_and_entropy(self.actor(observations), actions)
-        return PolicyOutput(log_probs, entropy, self.values(observations))
+        features = self.features(inputs)
+        outputs = self.outputs(inputs, features=features)
+        log_probs, entropy = self.distribution.log_probs_and_entropy(outputs, actions)
+        return PolicyOutput(log_probs, entropy, self.values_of(features))
 
     def values(self, observations: Tensor) -> Tensor | None:
         """V(s) for observations [..., D], shape [...]; None without a critic."""
-        return None if self.critic is None else self.critic(observations).squeeze(-1)
+        return self.values_of(self.features({"observations": observations}))
+
+    def values_of(self, features: Tensor) -> Tensor | None:
+        """V for features [..., F], shape [...]; None without a critic."""
+        return None if self.critic is None else self.critic(features).squeeze(-1)
+
+    def require_plain(self, inputs: Mapping[str, Tensor] | None = None) -> None:
+        """Raise ConfigError where more than two trunks on vectors, or invalid actions, would have to be understood."""
+        what = None
+        if self.encoder is not None:
+            what = "a memory" if self.encoder.memory is not None else "convolutions"
+        elif inputs is not None and "action_masks" in inputs:
+            what = "masks of valid actions"
+        if what is not None:
+            raise ConfigError(
+                "this method reads the actor's layers directly",
+                where="network" if self.encoder is not None else "environment",
+                got=what,
+                expected="observations that are vectors, and every action valid",
+                remedy="Use a preset of `rlhf run on_policy`, such as ppo or a2c.",
+            )

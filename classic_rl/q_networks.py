@@ -93,7 +93,7 @@ class QNetwork(nn.Module):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            self.convolutions, features = _convolutions(observation_space, config)
+            self.convolutions, features = convolutions(observation_space, config.convolutions)
             self.plain = self.trunk = self.value = self.advantage = None
             outputs = num_actions * size
             if self.is_plain:
@@ -178,14 +178,21 @@ class Scale(nn.Module):
         return x.permute(0, 3, 1, 2).contiguous() if self.channels_last else x
 
 
-def _convolutions(space: spaces.Space, config: QNetworkConfig) -> tuple[nn.Module | None, int]:
-    """The convolutional part with its number of features; None for vectors."""
+Convolutions = Literal["nature", "minatar", "none"]
+
+
+def convolutions(space: spaces.Space, kind: Convolutions) -> tuple[nn.Module | None, int]:
+    """Return the convolutional part with its number of features; None for vectors.
+
+    Raises:
+        ConfigError: The images do not fit.
+    """
     if not is_image(space):
-        if config.convolutions != "none":
+        if kind != "none":
             raise ConfigError("vectors need no convolutions", where="network.convolutions", got=str(space))
         return None, observation_size(space)
     shape = tuple(space.shape or ())
-    match config.convolutions:
+    match kind:
         case "none":
             raise ConfigError(
                 "image observations need convolutions",

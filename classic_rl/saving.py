@@ -13,11 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from classic_rl.networks import NetworkConfig, NumpyMirror
+from classic_rl.acting import Forward
+from classic_rl.networks import NetworkConfig
 from classic_rl.normalization import ObservationNormalizer
+from classic_rl.off_policy import observation_array
 from classic_rl.policy import ActorCritic
-from classic_rl.spaces import flatten_observations, space_from_json, space_to_json
-from rlhf.errors import ModelError
+from classic_rl.spaces import space_from_json, space_to_json
+from rlhf.errors import ConfigError, ModelError
 
 _FORMAT = 1
 _AGENTS = {name: f"classic_rl.{name}" for name in ("dqn", "ddpg", "td3", "sac", "discrete_sac")}
@@ -109,23 +111,36 @@ class TrainedPolicy:
 
     def __init__(self, policy: ActorCritic, normalizer: ObservationNormalizer | None) -> None:
         self.policy, self.normalizer = policy, normalizer
-        self._mirror = NumpyMirror(policy.actor)
+        self._forward = Forward(policy)
         self._generator = np.random.default_rng()
+        self.reset()
 
-    def predict(self, observation: Any, *, deterministic: bool = True) -> Any:
+    def reset(self) -> None:
+        """Begin an episode: a policy with a memory forgets the last one."""
+        self._forward.forget(1)
+
+    def predict(self, observation: Any, *, deterministic: bool = True, action_mask: np.ndarray | None = None) -> Any:
         """Return the action for one observation, in the form `environment.step` accepts.
+
+        A policy with a memory remembers the observations since `reset`; call that at the start of each episode.
 
         Args:
             observation: As the environment returns it.
             deterministic: True takes the most probable action, False samples.
+            action_mask: [A], True where an action is valid; of MultiDiscrete actions the choices' masks in a row.
+
+        Raises:
+            ConfigError: A mask for Box actions.
         """
-        space = self.policy.observation_space
+        space, distribution = self.policy.observation_space, self.policy.distribution
+        if action_mask is not None and distribution.action_dtype != torch.int64:
+            raise ConfigError("Box actions cannot be masked", where="action_mask", got=str(self.policy.action_space))
         batch = gymnasium.vector.utils.concatenate(
             space, [observation], gymnasium.vector.utils.create_empty_array(space, n=1)
         )
-        flat = flatten_observations(space, batch)
-        parameters = self._mirror(flat if self.normalizer is None else self.normalizer(flat))
-        distribution = self.policy.distribution
+        seen = observation_array(space, batch)
+        masks = None if action_mask is None else np.asarray(action_mask, dtype=bool)[None]
+        parameters = self._forward(seen if self.normalizer is None else self.normalizer(seen), masks=masks)
         if deterministic:
             actions = distribution.greedy(parameters)
         else:

@@ -190,7 +190,9 @@ class TrustRegionLearner:
 
         Raises:
             TrainingError: A gradient or a loss that is not finite; the weights stay as they were.
+            ConfigError: A network with convolutions or a memory, or masks of valid actions.
         """
+        self.policy.require_plain(experience.inputs)
         facts = measure_experience(experience, reduce=self.reduce)
         batch = experience.to(self.accelerator.device).flatten_actions()
         metrics = {} if critic_only else self._improve(batch, actions=facts["actions"], multiplier=kl_coef)

@@ -44,7 +44,7 @@ def main(config: OnPolicyConfig) -> dict[str, float]:
     """Train, evaluate greedily, save the policy to `<run directory>/policy`."""
     limit_threads(config.threads)
     accelerator = make_accelerator()
-    probe = make_environments(config.environment, num_envs=1)
+    probe = make_environments(config.environment, num_envs=1, images=True)
     policy = ActorCritic(
         probe.single_observation_space,
         probe.single_action_space,

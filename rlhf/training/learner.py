@@ -94,7 +94,7 @@ class Learner:
         """
         self.accelerator = accelerator if accelerator is not None else make_accelerator()
         refuse_unsupported(self.accelerator)
-        refuse_contradictions(algorithm, update)
+        refuse_contradictions(algorithm, update, policy)
         refuse_dropout(policy)
         self.policy, self.algorithm, self.config = policy, algorithm, update
         self.objective = Objective(algorithm, surrogate=surrogate)

@@ -54,10 +54,17 @@ def _only(named: list[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
     return [parameter for _, parameter in named]
 
 
-def refuse_contradictions(algorithm: AlgorithmConfig, update: UpdateConfig) -> None:
-    """Refuse `shuffle: actions` where a row means something."""
+def refuse_contradictions(algorithm: AlgorithmConfig, update: UpdateConfig, policy: nn.Module) -> None:
+    """Refuse `shuffle: actions` where a row means something; a policy with a memory says `needs_rows`."""
     if update.shuffle == "rows":
         return
+    if getattr(policy, "needs_rows", False):
+        raise ConfigError(
+            "single actions cannot be shuffled when the policy remembers what came before them",
+            where="update.shuffle",
+            got="actions",
+            expected="rows",
+        )
     if algorithm.ratio != "token" or not isinstance(algorithm.aggregation, TokenMean):
         raise ConfigError(
             "single actions cannot be shuffled when the loss is made per row",

@@ -20,6 +20,7 @@ def _load(name, file):
 
 
 _load("classic_rl_test_environments", "counting.py").register()
+_load("classic_rl_test_masked", "masked.py").register()
 _load("classic_rl_test_continuous", "continuous.py").register()
 
 
@@ -45,12 +46,18 @@ def make():
     from classic_rl.policy import ActorCritic
     from rlhf.core.presets import ALGORITHMS
 
-    def build(identifier, preset, collect, *, num_envs=2, seed=0, kwargs=None, processes=None, **settings):
+    def build(
+        identifier, preset, collect, *, num_envs=2, seed=0, kwargs=None, processes=None, network=None, **settings
+    ):
         algorithm = ALGORITHMS[preset] if isinstance(preset, str) else preset
         environment = EnvironmentConfig(id=identifier, num_envs=num_envs, kwargs=kwargs or {}, **settings)
-        probe = make_environments(environment, num_envs=1)
+        probe = make_environments(environment, num_envs=1, images=True)
         policy = ActorCritic(
-            probe.single_observation_space, probe.single_action_space, critic=algorithm.needs_critic, seed=seed
+            probe.single_observation_space,
+            probe.single_action_space,
+            network=network,
+            critic=algorithm.needs_critic,
+            seed=seed,
         )
         probe.close()
         collector = make_collector(collect, policy, environment, algorithm, seed=seed, processes=processes)
