@@ -405,7 +405,10 @@ def test_table_columns_of_one_iteration_and_of_each_seed(tmp_path):
         "| 1 | 0.9 | 1 |",
     ]
     assert make_table([tmp_path], metrics=["accuracy"], row="config").splitlines()[2].startswith("| digits | 0.85")
-    assert make_table([tmp_path], metrics=["accuracy"], row="folder").splitlines()[2].startswith(f"| {tmp_path.name} |")
+    assert make_table([tmp_path], metrics=["accuracy"], row="preset=folder").splitlines()[::2][:2] == [
+        "| preset | accuracy | seconds | seeds |",
+        f"| {tmp_path.name} | 0.85 ± 0.0707 (2) | 1 ± 0 (2) | 0, 1 |",
+    ]
     with pytest.raises(UserError, match="no run has this metric"):
         make_table([tmp_path], metrics=["accuracy@7"])
     with pytest.raises(UserError, match="not a column"):

@@ -101,11 +101,12 @@ def make_table(folders: Iterable[Path], *, metrics: Sequence[str] | None = None,
         metrics: The columns, each as `Column.parse` reads it; None shows the first `MOST_COLUMNS` metrics whose name
             starts with `evaluation/`, or of all where there is none, and names the others below the table.
         row: What names a row: a setting such as `update.learning_rate`; `config`, the config's name; `folder`, the name
-            of the folder above the seeds'; `seed` makes a row per run. None takes recipe, config and what differs.
+            of the folder above the seeds'; `seed` makes a row per run; `TITLE=...` sets the title above. None takes recipe, config and what differs.
 
     Raises:
         UserError: A folder holds no finished run, no run has a metric that was asked for, or `row` is no setting.
     """
+    title, _, row = (row or "").rpartition("=")
     runs = [run for folder in folders for run in read_runs(folder)]
     runs = list({run.folder: run for run in runs}.values())
     columns, unshown = _columns(runs, metrics)
@@ -119,14 +120,14 @@ def make_table(folders: Iterable[Path], *, metrics: Sequence[str] | None = None,
         seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group if run.seed is not None))
         seconds = _mean_and_spread([run.seconds for run in group], len(group))
         rows.append([*name, *[column.cell(group) for column in columns], seconds, *([] if row == "seed" else [seeds])])
-    header = ["recipe", "config"] if row is None else [row.rsplit(".", 1)[-1]]
+    header = [title or row.rsplit(".", 1)[-1]] if row else ["recipe", "config"]
     header += [*[column.title for column in columns], "seconds", *([] if row == "seed" else ["seeds"])]
     note = f"\n\nNot shown: {', '.join(unshown)}; choose with --metric." if unshown else ""
     return markdown_table(header, rows) + note
 
 
-def _row_names(groups: Sequence[FinishedRun], row: str | None) -> list[list[str]]:
-    if row is None:
+def _row_names(groups: Sequence[FinishedRun], row: str) -> list[list[str]]:
+    if not row:
         return [[run.recipe, label] for run, label in zip(groups, _labels(groups), strict=True)]
     if row == "seed":
         return [[str(run.seed)] for run in groups]
