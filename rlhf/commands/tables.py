@@ -101,7 +101,8 @@ def make_table(folders: Iterable[Path], *, metrics: Sequence[str] | None = None,
         metrics: The columns, each as `Column.parse` reads it; None shows the first `MOST_COLUMNS` metrics whose name
             starts with `evaluation/`, or of all where there is none, and names the others below the table.
         row: What names a row: a setting such as `update.learning_rate`; `config`, the config's name; `folder`, the name
-            of the folder above the seeds'; `seed` makes a row per run; `TITLE=...` sets the title above. None takes recipe, config and what differs.
+            of the folder above the seeds'; `seed` makes a row per run. `TITLE=...` sets the title above. None takes
+            recipe, config and what differs.
 
     Raises:
         UserError: A folder holds no finished run, no run has a metric that was asked for, or `row` is no setting.
