@@ -47,6 +47,8 @@ class ModelConfig(Config):
     come from the tokenizer."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; defaults to `path`."""
+    pad_token: str | None = None
+    """A token of the vocabulary to pad with, where the tokenizer names none (Llama 3: `<|finetune_right_pad_id|>`)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Type of the weights; `auto` keeps what the folder holds. Trained weights are best kept in float32, with
     mixed precision left to accelerate."""
@@ -76,7 +78,7 @@ def load_tokenizer(source: ModelConfig | str | Path) -> PreTrainedTokenizerBase:
         The tokenizer, padding on the left.
 
     Raises:
-        ModelError: There is no tokenizer at that place.
+        ModelError: There is no tokenizer at that place, or it lacks `pad_token`.
     """
     if isinstance(source, ModelConfig):
         path = source.tokenizer or source.path
@@ -98,7 +100,21 @@ def load_tokenizer(source: ModelConfig | str | Path) -> PreTrainedTokenizerBase:
             remedy="Save it beside the model with tokenizer.save_pretrained(folder).",
         ) from error
     tokenizer.padding_side = "left"
+    if isinstance(source, ModelConfig) and source.pad_token is not None:
+        _set_pad_token(tokenizer, source.pad_token)
     return tokenizer
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """A token that is not there yet would have no embedding."""
+    if token not in tokenizer.get_vocab():
+        raise ModelError(
+            "the tokenizer has no such token",
+            where="model.pad_token",
+            got=token,
+            remedy=f"Choose one of its vocabulary, for instance the end token {tokenizer.eos_token!r}.",
+        )
+    tokenizer.pad_token = token
 
 
 def load_causal_lm(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
