@@ -105,7 +105,7 @@ def test_a_trust_region_trains_and_two_algorithms_are_refused():
             train(wrong)
 
 
-@pytest.mark.filterwarnings("ignore:overflow|ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 def test_a_run_that_diverges_says_so():
     result = train(TINY | {"update": {"learning_rate": 1e30, "max_grad_norm": None, "optimizer": "adam"}})
     assert "not finite" in result["diverged"]
