@@ -83,6 +83,14 @@ def make_policy(**arguments) -> LanguageModelPolicy:
     return LanguageModelPolicy(load_causal_lm(ModelConfig(config=MODEL), TOKENIZER), **arguments)
 
 
+def make_critic_policy() -> LanguageModelPolicy:
+    """A fresh value head is zero, and zeros agree whatever goes wrong."""
+    policy = make_policy(critic="head")
+    assert policy.value_head is not None
+    nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
 def make_collector(factory=Talk, *, policy=None, generator=None, seed=0, **config) -> EpisodeCollector:
     policy = policy or make_policy()
     settings = {"starts_per_iteration": 1, "sampling": SamplingConfig(max_completion_length=4)} | config
@@ -169,13 +177,13 @@ def test_an_episode_without_room_for_one_more_turn_is_truncated():
 
 
 def test_the_bootstrap_does_not_see_the_token_that_is_appended_for_it():
-    policy = make_policy(critic="head")
-    nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(1))
+    policy = make_critic_policy()
     collector = make_collector(lambda: Talk(1, ends="truncated"), policy=policy, generator=Scripted([A, END]))
     value = collector.collect().next_values[0, 1]
     # By hand: the value head on the hidden state of the last token of the conversation so far.
     ids = torch.tensor([[C, NEWLINE, ARROW, A, END, *ANSWER]])
     hidden = policy.model.model(input_ids=ids)[0][0, -1]
+    assert policy.value_head is not None
     assert value.item() == pytest.approx(float(policy.value_head(hidden).detach()), abs=1e-5)
 
 
@@ -187,8 +195,7 @@ def test_generator_and_trainer_agree_on_every_own_token():
 
 
 def test_neighbours_and_padding_change_nothing():
-    policy = make_policy(critic="head")
-    nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(1))
+    policy = make_critic_policy()
     collector = make_collector(lambda: Talk(2), policy=policy)
     games = [(Talk(1, ends="truncated"), [A, A, END]), (Talk(3), [B, END])]
     episodes = []
@@ -316,7 +323,7 @@ def test_what_is_no_number_costs_a_guess_and_a_little():
 def test_demonstrations_are_turns_with_all_that_was_said_before():
     factory = make_factory(EnvironmentConfig(function="rlhf.lm.guessing:GuessingGame"))
     records = play_demonstrations(factory, episodes=20, seed=0)
-    assert [record.prompt for record in records if len(record.prompt) == 1].__len__() == 20
+    assert sum(len(record.prompt) == 1 for record in records) == 20
     longer = [record for record in records if len(record.prompt) == 3]
     assert longer
     assert [message["role"] for message in longer[0].prompt] == ["user", "assistant", "user"]
