@@ -30,7 +30,7 @@ from classic_rl.normalization import ObservationNormalizer, RewardNormalizer
 from classic_rl.off_policy import observation_array
 from classic_rl.policy import ActorCritic
 from classic_rl.snapshots import restore, snapshot
-from classic_rl.spaces import observation_size
+from classic_rl.spaces import is_image, observation_size
 from rlhf.config import Config
 from rlhf.core.algorithm import AlgorithmConfig
 from rlhf.core.masking import Reduce, identity
@@ -126,6 +126,13 @@ class GymCollector:
         self.reference = copy.deepcopy(policy).requires_grad_(False) if algorithm.needs_reference else None
         self.observation_normalizer = self.reward_normalizer = None
         if environment.normalize_observations:
+            if is_image(self.space):
+                raise ConfigError(
+                    "images are scaled by the network and not normalized",
+                    where="environment.normalize_observations",
+                    got=True,
+                    expected="false",
+                )
             self.observation_normalizer = ObservationNormalizer(
                 observation_size(self.space), clip=environment.clip_observations
             )
