@@ -68,8 +68,10 @@ def make_factory(config: EnvironmentConfig) -> EnvironmentFactory:
         ConfigError: No such module or name, arguments that do not fit, or something that is no environment.
     """
     module, _, name = config.function.partition(":")
+    # A console script does not have the working directory on its path, but that is where a user's module lies.
     here = str(Path.cwd())
-    if here not in sys.path:
+    added = here not in sys.path and "" not in sys.path
+    if added:
         sys.path.insert(0, here)
     try:
         maker = getattr(importlib.import_module(module), name)
@@ -80,6 +82,9 @@ def make_factory(config: EnvironmentConfig) -> EnvironmentFactory:
             got=config.function,
             expected="module:Class, such as rlhf.lm.guessing:GuessingGame",
         ) from error
+    finally:
+        if added:
+            sys.path.remove(here)
 
     def make() -> TextEnvironment:
         try:

@@ -1,7 +1,6 @@
 """The recipe for text environments: it runs, resumes exactly, and learns the guessing game."""
 
 import json
-import sys
 
 import pytest
 
@@ -85,7 +84,6 @@ class Mute:
 def test_fine_tuning_needs_an_environment_that_demonstrates(tmp_path, monkeypatch):
     (tmp_path / "mute_environment.py").write_text(MUTE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
     environment = {"function": "mute_environment:Mute"}  # found in the working directory
     with pytest.raises(ConfigError, match=r"no demonstrate\(\)"):
         run(settings(tmp_path / "run", environment=environment, sft={"max_steps": 1}))
