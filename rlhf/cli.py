@@ -127,14 +127,15 @@ def explain_command(
         list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, such as algorithm=grpo.")
     ] = None,
     config: Annotated[str | None, typer.Option(help="A config's name, or the path of a YAML file.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes that share the batches.")] = 1,
 ) -> None:
-    """Print what a run would use: every setting, its value and its meaning, as a YAML file to start from."""
+    """Print what a run would do, take and use: batches, memory, and every setting as a YAML file to start from."""
     from rlhf.commands import running
-    from rlhf.commands.explaining import explain_config
+    from rlhf.commands.explaining import explain_config, explain_plan
 
     with user_errors():
         _, resolved = running.Request.make(recipe, config=config, overrides=overrides or []).load()
-        typer.echo(explain_config(resolved), nl=False)
+        typer.echo(explain_plan(resolved, processes=processes) + explain_config(resolved), nl=False)
 
 
 @app.command("show-batch")

@@ -16,6 +16,16 @@ from rlhf.config_yaml import Dumper
 WIDTH = 110
 
 
+def explain_plan(config: BaseModel, *, processes: int = 1) -> str:
+    """What the run of a language recipe would do and take, as comments; empty for other recipes."""
+    # A recipe without a language model must not wait for transformers.
+    if not any(hasattr(config, name) for name in ("prompts", "demonstrations")):
+        return ""
+    from rlhf.lm.plan import plan
+
+    return "".join(f"# {line}\n" for line in plan(config, processes=processes))
+
+
 def explain_config(config: BaseModel) -> str:
     """Write every setting with its value; docstrings become comments."""
     return "\n".join(_lines(config, indent="")) + "\n"

@@ -209,7 +209,7 @@ def _build(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> Pre
             where="model.config",
             remedy="Set model.tokenizer or pass a tokenizer to load_causal_lm.",
         )
-    config = _fresh_config(model.config or {}, tokenizer)
+    config = fresh_config(model.config or {}, tokenizer)
     dtype = torch.float32 if model.dtype == "auto" else DTYPES[model.dtype]
     arguments = {} if model.attention is None else {"attn_implementation": model.attention}
     try:
@@ -218,7 +218,7 @@ def _build(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> Pre
         raise ModelError(f"the model cannot be built: {_first_line(error)}", where="model.config") from error
 
 
-def _fresh_config(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+def fresh_config(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The transformers config of a fresh model; unknown keys are refused, since transformers ignores them silently."""
     settings = dict(settings)
     model_type = settings.pop("model_type")

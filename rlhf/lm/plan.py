@@ -1,0 +1,172 @@
+"""What a run will do and take, by arithmetic: prompts, completions, tokens, optimizer steps, memory of a process."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.errors import UserError
+from rlhf.lm.actors import pick_tokenizer
+from rlhf.lm.footprint import ModelSize, measure_model
+from rlhf.lm.loading import ModelConfig
+from rlhf.lm.log_probs import default_chunk_tokens
+
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "rmsprop": 1}
+"""Tensors of a parameter's shape that an optimizer keeps."""
+FLOAT32 = 4
+GIB = 2**30
+
+Memory = dict[str, int]
+"""Name -> bytes of one process."""
+
+
+def plan(config: Any, *, processes: int = 1) -> list[str]:
+    """Lines about a language recipe's run; none for other recipes.
+
+    Nothing is loaded: of a model config.json is read, of the data nothing.
+
+    Args:
+        config: A resolved config of `sft`, `grpo`, `ppo_rlhf` or of a recipe like them.
+        processes: Training processes that share its batches.
+    """
+    model = getattr(config, "model", None)
+    reinforced = hasattr(config, "algorithm") and hasattr(config, "collector")
+    if not isinstance(model, ModelConfig) or not (reinforced or hasattr(config, "demonstrations")):
+        return []
+    source = config.prompts if reinforced else config.demonstrations
+    lines = ["Batches" + (f", over {processes} processes" if processes > 1 else "")]
+    lines += [f"  {line}" for line in (_rollouts(config, processes) if reinforced else _imitation(config, processes))]
+    try:
+        size = measure_model(model, pick_tokenizer(model, source) if model.config is not None else None)
+        memory = rollout_memory(config, size, processes=processes) if reinforced else imitation_memory(config, size)
+        lines += _show_memory(size, memory)
+        if reinforced and config.collector.max_prompt_length is None:
+            lines.append("  the prompts' part of the KV cache is not in it: collector.max_prompt_length is not set")
+    except UserError as error:
+        lines.append(f"Memory: not known. {error}")
+    return [*lines, f"This machine: {machine()}"]
+
+
+def _rollouts(config: Any, processes: int) -> Iterator[str]:
+    collector, algorithm, iterations = config.collector, config.algorithm, config.iterations
+    prompts, group = collector.prompts_per_iteration, collector.group_size
+    completions, length = prompts * group, collector.sampling.max_completion_length
+    steps = algorithm.epochs * algorithm.minibatches
+    yield (
+        f"an iteration: {prompts:,} prompts x {group} = {completions:,} completions of at most {length:,} tokens, "
+        f"{completions * length:,} in all"
+        + (f"; a process has {math.ceil(prompts / processes):,} prompts" if processes > 1 else "")
+    )
+    yield (
+        f"an update: epochs x minibatches = {algorithm.epochs} x {algorithm.minibatches} = {steps:,} optimizer steps "
+        f"of {math.ceil(completions / algorithm.minibatches):,} completions"
+    )
+    yield (
+        f"the run: {iterations:,} iterations = {iterations * prompts:,} prompts, {iterations * completions:,} "
+        f"completions, at most {iterations * completions * length:,} tokens, {iterations * steps:,} optimizer steps"
+    )
+
+
+def _imitation(config: Any, processes: int) -> Iterator[str]:
+    training = config.training
+    share = training.batch_size // processes
+    micro = min(training.microbatch_size or share, share)
+    rows = "packed rows" if training.packing else "demonstrations"
+    yield (
+        f"an optimizer step: {training.batch_size:,} {rows} of at most {training.max_length:,} tokens, "
+        f"{training.batch_size * training.max_length:,} in all; a process takes {share // micro:,} x {micro:,}"
+    )
+    if training.max_steps is None:
+        yield f"the run: {training.epochs:g} x the {rows} / {training.batch_size:,} optimizer steps"
+    else:
+        yield (
+            f"the run: {training.max_steps:,} optimizer steps = {training.max_steps * training.batch_size:,} {rows}, "
+            f"at most {training.max_steps * training.batch_size * training.max_length:,} tokens"
+        )
+
+
+def rollout_memory(config: Any, size: ModelSize, *, processes: int = 1) -> Memory:
+    """Bytes of one process in a run of reinforcement learning, activations left out.
+
+    Args:
+        config: As `FineTuningConfig`.
+        size: Of the policy's model.
+        processes: That share a rollout's prompts.
+
+    Raises:
+        UserError: The critic's config.json cannot be read.
+    """
+    collector, algorithm = config.collector, config.algorithm
+    states = OPTIMIZER_STATES[config.update.optimizer]
+    critic, critic_learned = critic_bytes(config, size) if algorithm.needs_critic else (0, 0)
+    share = math.ceil(collector.prompts_per_iteration / processes)
+    rows = min(collector.generation_prompts or share, share) * collector.group_size
+    completion = collector.sampling.max_completion_length
+    needs_copy = (algorithm.needs_reference or config.watch.kl_budget is not None) and config.model.lora is None
+    positions = config.update.microbatch_tokens or share * collector.group_size * completion
+    kept = 2 + algorithm.needs_reference + 2 * algorithm.needs_critic  # old, sampling; reference; values, next values
+    return {
+        "weights": size.weight_bytes,
+        "critic": critic,
+        "gradients": size.trainable_bytes + critic_learned,
+        "optimizer": states * (size.trainable_bytes + critic_learned),
+        "reference": size.weight_bytes if needs_copy else 0,
+        "KV cache": rows * ((collector.max_prompt_length or 0) + completion) * size.cache_bytes,
+        "logits of a chunk, forward and backward": 2 * _chunk_bytes(size.vocabulary, positions),
+        "log-probs and values": share * collector.group_size * completion * kept * FLOAT32,
+    }
+
+
+def critic_bytes(config: Any, size: ModelSize) -> tuple[int, int]:
+    """The critic's weights beside the policy's, and those of them that are learned."""
+    head, start = (size.hidden + 1) * FLOAT32, config.critic.start
+    if start == "head":
+        return head, head
+    if start == "adapter":
+        return size.trainable_bytes + head, size.trainable_bytes + head
+    body = size.body_bytes
+    if start != "copy" and (Path(start) / "config.json").is_file():
+        body = measure_model(ModelConfig(path=start, dtype=config.model.dtype)).body_bytes
+    return body + head, body + head
+
+
+def imitation_memory(config: Any, size: ModelSize) -> Memory:
+    """Bytes of one process in supervised fine-tuning, activations and logits left out."""
+    return {
+        "weights": size.weight_bytes,
+        "gradients": size.trainable_bytes,
+        "optimizer": OPTIMIZER_STATES["adamw"] * size.trainable_bytes,
+    }
+
+
+def _chunk_bytes(vocabulary: int, positions: int) -> int:
+    """Logits are made a chunk at a time, and of no more positions than a microbatch has."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return min(default_chunk_tokens(vocabulary, device), positions) * vocabulary * FLOAT32
+
+
+def _show_memory(size: ModelSize, memory: Memory) -> Iterator[str]:
+    learned = "" if size.trainable == size.parameters else f", {size.trainable:,} of them learned"
+    yield f"Memory of a process at most, beside activations: {_gib(sum(memory.values()))}"
+    yield f"  {size.parameters:,} parameters{learned}"
+    for name, amount in memory.items():
+        if amount:
+            yield f"  {name}: {_gib(amount)}"
+
+
+def machine() -> str:
+    """Cores, memory and accelerators of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    shown = [f"{gpu.name} ({_gib(gpu.total_memory)})" for gpu in gpus] or ["no GPU"]
+    return f"{cores} CPU cores, {_gib(memory)} of memory, {', '.join(shown)}"
+
+
+def _gib(amount: int) -> str:
+    return f"{amount / GIB:,.2f} GiB" if amount >= 0.01 * GIB else f"{amount / 2**20:,.2f} MiB"

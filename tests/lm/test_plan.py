@@ -1,0 +1,170 @@
+"""`rlhf explain`: batch arithmetic by hand, memory against real models, optimizers and caches."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import DynamicCache
+
+from rlhf.commands.explaining import explain_plan
+from rlhf.commands.recipes import find_recipe, import_recipe
+from rlhf.config import Config, validate
+from rlhf.errors import ModelError
+from rlhf.lm.actors import make_actors
+from rlhf.lm.footprint import cache_bytes_per_token, measure_model
+from rlhf.lm.loading import LoraSettings, ModelConfig, character_tokenizer, load_causal_lm
+from rlhf.lm.plan import critic_bytes, imitation_memory, plan, rollout_memory
+from tests.lm.fresh_models import fresh_model
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TASK = {"name": "sort_letters", "word_length": 3, "letters": 5, "train": 10, "held_out": 4}
+TOKENIZER = character_tokenizer("abcde>")
+
+
+def config(recipe="ppo_rlhf", **changes):
+    values = {
+        "model": {"config": MODEL},
+        "prompts": {"task": TASK},
+        "reward": {"function": "x.py:f"},
+        "collector": {
+            "prompts_per_iteration": 12,
+            "group_size": 4,
+            "generation_prompts": 3,
+            "max_prompt_length": 6,
+            "sampling": {"max_completion_length": 10},
+        },
+        "iterations": 5,
+        **changes,
+    }
+    return validate(import_recipe(find_recipe(recipe)).CONFIG, values)
+
+
+def bytes_of(parameters) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "gpt2", "mixtral", "gemma3", "deepseek_v3"])
+def test_parameters_and_bytes_are_those_of_the_model_that_is_loaded(name, tmp_path):
+    """Only config.json lies in the folder; the other model is real."""
+    real = fresh_model(name)
+    real.config.save_pretrained(tmp_path)
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        size = measure_model(ModelConfig(path=str(tmp_path), dtype=dtype))
+        assert size.parameters == size.trainable == sum(parameter.numel() for parameter in real.parameters())
+        assert size.weight_bytes == size.trainable_bytes == size.parameters * width
+    assert size.vocabulary == real.config.vocab_size
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox", "gemma", "deepseek_v3"])
+def test_cache_bytes_are_those_of_a_real_cache(name):
+    model = fresh_model(name)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 8)[None], past_key_values=cache, use_cache=True)
+    real = sum(bytes_of([layer.keys, layer.values]) for layer in cache.layers)
+    assert 5 * cache_bytes_per_token(model.config, torch.float32) == real
+
+
+def test_adapters_are_what_is_trained():
+    settings = ModelConfig(config=MODEL, lora=LoraSettings(rank=2))
+    size, real = measure_model(settings, TOKENIZER), load_causal_lm(settings, TOKENIZER)
+    assert size.trainable_bytes == bytes_of(parameter for parameter in real.parameters() if parameter.requires_grad)
+    assert size.weight_bytes == bytes_of(real.parameters())
+    assert 0 < size.trainable < size.parameters
+
+
+def test_nothing_is_allocated():
+    """Eight billion parameters in a moment, on any machine."""
+    large = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    large |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    size = measure_model(ModelConfig(config=large, dtype="bfloat16"), TOKENIZER)
+    # A layer: q and o 2 x 4096^2, k and v 2 x 4096 x 1024, three of 4096 x 14336, two norms; then one norm, and
+    # embedding and head for 9 tokens.
+    layer = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    assert size.parameters == 32 * layer + 4096 + 2 * 9 * 4096
+    assert size.cache_bytes == 2 * 32 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize("start", ["head", "copy"])
+def test_critic_and_policy_weigh_what_the_real_ones_do(start):
+    settings = config(critic=start)
+    actors = make_actors(
+        settings.model,
+        settings.algorithm,
+        temperature=1.0,
+        critic=start,
+        tokenizer=TOKENIZER,
+        accelerator=Accelerator(cpu=True),
+    )
+    size = measure_model(settings.model, TOKENIZER)
+    assert size.weight_bytes + critic_bytes(settings, size)[0] == bytes_of(actors.policy.parameters())
+
+
+def test_optimizer_states_are_those_of_torch():
+    size = measure_model(ModelConfig(config=MODEL), TOKENIZER)
+    model = load_causal_lm(ModelConfig(config=MODEL), TOKENIZER)
+    for name, optimizer in (
+        ("adamw", torch.optim.AdamW(model.parameters())),
+        ("rmsprop", torch.optim.RMSprop(model.parameters())),
+    ):
+        model(input_ids=torch.tensor([[3, 4]])).logits.sum().backward()
+        optimizer.step()
+        real = sum(
+            bytes_of([tensor for tensor in state.values() if tensor.ndim > 0]) for state in optimizer.state.values()
+        )
+        settings = config("grpo", update={"optimizer": name})
+        assert rollout_memory(settings, size)["optimizer"] == real
+    assert imitation_memory(None, size)["optimizer"] == 2 * size.weight_bytes
+
+
+def test_memory_of_the_rest_by_hand():
+    size = measure_model(ModelConfig(config=MODEL), TOKENIZER)
+    memory = rollout_memory(config(), size, processes=2)
+    # 3 prompts at once x 4 completions, 6 + 10 tokens each; 2 layers x 2 heads x (4 + 4) numbers of 4 bytes a token.
+    assert memory["KV cache"] == 12 * 16 * 2 * 2 * 8 * 4
+    # 6 of the 12 prompts x 4 completions x 10 tokens; old, sampling and reference log-probs, values, next values.
+    assert memory["log-probs and values"] == 24 * 10 * 5 * 4
+    assert memory["reference"] == size.weight_bytes
+    # 240 positions x 9 tokens in float32, twice: less than a chunk.
+    assert memory["logits of a chunk, forward and backward"] == 2 * 240 * 9 * 4
+    lora = config(model={"config": MODEL, "lora": {"rank": 2}})
+    assert rollout_memory(lora, measure_model(lora.model, TOKENIZER))["reference"] == 0
+
+
+def test_batches_by_hand():
+    algorithm = {"preset": "ppo_rlhf", "epochs": 2, "minibatches": 3}
+    text = "\n".join(plan(config(algorithm=algorithm), processes=2))
+    assert "Batches, over 2 processes" in text
+    assert "12 prompts x 4 = 48 completions of at most 10 tokens, 480 in all; a process has 6 prompts" in text
+    assert "2 x 3 = 6 optimizer steps of 16 completions" in text
+    assert "5 iterations = 60 prompts, 240 completions, at most 2,400 tokens, 30 optimizer steps" in text
+    assert "CPU cores" in text
+
+
+def test_batches_of_fine_tuning_by_hand():
+    module = import_recipe(find_recipe("sft"))
+    values = {"model": {"config": MODEL}, "demonstrations": {"task": TASK}}
+    values |= {"training": {"batch_size": 32, "microbatch_size": 4, "max_length": 64, "max_steps": 10}}
+    text = "\n".join(plan(validate(module.CONFIG, values), processes=2))
+    assert "32 demonstrations of at most 64 tokens, 2,048 in all; a process takes 4 x 4" in text
+    assert "10 optimizer steps = 320 demonstrations, at most 20,480 tokens" in text
+
+
+def test_what_is_explained_stands_in_comments_and_what_is_unknown_is_said(tmp_path):
+    missing = config(model={"path": str(tmp_path)})
+    text = explain_plan(missing)
+    assert all(line.startswith("# ") for line in text.splitlines())
+    assert "Memory: not known." in text
+    assert "config.json cannot be read" in text
+    with pytest.raises(ModelError, match=r"config.json cannot be read"):
+        measure_model(missing.model)
+
+
+def test_other_recipes_have_no_plan():
+    assert explain_plan(Config()) == ""
