@@ -31,3 +31,17 @@ def test_the_table_names_every_preset_and_says_which_are_for_language_models_onl
     assert [name for name, _ in rows] == list(ALGORITHMS)
     only = {name for name, note in rows if note}
     assert only == {name for name, row in ALGORITHMS.items() if row.language_only}
+
+
+def test_the_files_and_configs_that_the_readme_names_exist():
+    from rlhf.commands.recipes import find_recipe
+
+    text = README.read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:tests|recipes|rlhf|benchmarks|classic_rl)/[\w/.]+)`", text))
+    paths |= set(re.findall(r"\]\(([\w/.]+)\)", text))
+    assert len(paths) > 15
+    assert [path for path in sorted(paths) if not (README.parent / path).exists()] == []
+    named = re.findall(r"^rlhf (?:run|explain|show-batch) (\w+)(?: --config (\w+)(?!\S))?", text, flags=re.M)
+    assert len(named) > 5
+    for recipe, config in named:
+        assert not config or config in find_recipe(recipe).configs, (recipe, config)
