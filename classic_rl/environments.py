@@ -156,7 +156,7 @@ def start_with_seeds(environments: VectorEnv, seeds: Sequence[int]) -> tuple[Any
     """Reset environment i with `seeds[i]`; equal seeds give equal initial states.
 
     An environment's own vector form (CartPole's) knows one seed for all and keeps its states as columns of
-    `state`; there one column per distinct seed is drawn and copied.
+    `state`; there one column per distinct seed is drawn and copied. ALE's takes one seed per game.
 
     Args:
         environments: A vector environment.
@@ -178,6 +178,8 @@ def start_with_seeds(environments: VectorEnv, seeds: Sequence[int]) -> tuple[Any
                 columns[seed] = cart_poles.state[:, 0].copy()
             cart_poles.state = np.stack([columns[int(seed)] for seed in seeds], axis=1)
             return cart_poles.state.T.astype(np.float32), {}
+        case vector if type(vector).__module__.startswith("ale_py"):  # an extra, so its class is not imported here
+            return environments.reset(seed=(np.asarray(seeds) % 2**31).astype(np.int64))  # pyright: ignore
     raise ConfigError(
         "this environment's own vector form cannot start each copy from a given seed",
         where="environment.vectorization",

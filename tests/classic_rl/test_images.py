@@ -151,3 +151,22 @@ def test_networks_and_images_must_fit(make):
         make("CartPole-v1", "ppo", CollectSteps(steps=2), network=SMALL)
     with pytest.raises(ConfigError, match=r"normalize_observations"):
         make("Seen-v0", "ppo", CollectSteps(steps=2), network=SMALL, normalize_observations=True)
+
+
+def test_ales_vector_environment_is_read(make):
+    pytest.importorskip("ale_py")
+    settings = {"num_envs": 4, "vectorization": "vector_entry_point", "network": NetworkConfig(
+        convolutions="nature", image_features=8, hidden_sizes=[]
+    )}  # fmt: skip
+    policy, collector = make("ale_py:ALE/Pong-v5", "grpo", CollectEpisodes(group_size=2, max_steps=6), **settings)
+    seen = collector.collect().inputs["observations"]
+    assert seen.shape == (4, 6, 4, 84, 84)
+    assert seen.dtype == torch.uint8
+    assert torch.equal(seen[0, 0], seen[1, 0])  # a group starts from one state
+    assert torch.equal(seen[2, 0], seen[3, 0])
+    policy, collector = make("ale_py:ALE/Pong-v5", "ppo", CollectSteps(steps=5), **settings)
+    rollout = collector.collect()
+    # Frames are stacked oldest first, so the stack of one step holds the last three of the step before.
+    seen = rollout.inputs["observations"]
+    assert torch.equal(seen[:, 1:, :3], seen[:, :-1, 1:])
+    assert_close(policy(rollout.inputs, rollout.actions).log_probs, rollout.old_log_probs)
