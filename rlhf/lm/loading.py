@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -54,6 +56,9 @@ class ModelConfig(Config):
     mixed precision left to accelerate."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """QLoRA (https://arxiv.org/abs/2305.14314): keep the frozen weights in 4-bit NormalFloat or 8 bits, computed with
+    in bfloat16; asks for `path`, `lora`, a GPU and bitsandbytes."""
     attention: str | None = None
     """Attention implementation of transformers: `sdpa` (its default), `eager`, `flash_attention_2`, ..."""
     gradient_checkpointing: bool = False
@@ -65,6 +70,11 @@ class ModelConfig(Config):
             raise ValueError("set exactly one of `path` (an existing model) and `config` (a fresh one)")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError('`config` needs a `model_type`, for instance {"model_type": "llama", "hidden_size": 64}')
+        if self.quantization is not None and (self.lora is None or self.path is None):
+            raise ValueError(
+                "quantized weights cannot be trained and only an existing model has any; set `path` and `lora`, or "
+                "remove `quantization`"
+            )
         return self
 
 
@@ -132,7 +142,8 @@ def load_causal_lm(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
 
     Raises:
         ModelError: The folder cannot be opened, or tokenizer and model do not fit.
-        ConfigError: `config` has an unknown model type or an unknown key.
+        ConfigError: `config` has an unknown model type or an unknown key; or `quantization` without a GPU or
+            without bitsandbytes.
     """
     loaded = _build(model, tokenizer) if model.config is not None else _open(model)
     if tokenizer is not None and len(tokenizer) > loaded.config.get_text_config().vocab_size:
@@ -143,6 +154,8 @@ def load_causal_lm(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
             expected=f"at most {loaded.config.get_text_config().vocab_size}",
             remedy="Use the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer)) and save both.",
         )
+    if model.quantization is not None:
+        loaded = _prepare_quantized(loaded)
     if model.lora is not None:
         loaded = add_lora(loaded, model.lora)
     if model.gradient_checkpointing:
@@ -178,6 +191,8 @@ def _open(model: ModelConfig) -> PreTrainedModel:
     }
     if model.attention is not None:
         arguments["attn_implementation"] = model.attention
+    if model.quantization is not None:
+        arguments |= _quantization_arguments(model)
     try:
         if (Path(model.path) / "adapter_config.json").is_file():
             return _open_merged(model.path, arguments)
@@ -188,6 +203,48 @@ def _open(model: ModelConfig) -> PreTrainedModel:
             where=model.path,
             expected="a transformers folder or hub id of a causal language model with safetensors weights",
         ) from error
+
+
+def _quantization_arguments(model: ModelConfig) -> dict[str, Any]:
+    """What transformers is told of the quantized weights; on this process's GPU, because they cannot be moved."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "quantized weights are computed with on a GPU, and there is none",
+            where="model.quantization",
+            got=model.quantization,
+            remedy="Remove model.quantization; model.lora alone runs anywhere.",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "quantized weights need bitsandbytes",
+            where="model.quantization",
+            got=model.quantization,
+            remedy="Install it: pip install 'rlhf-toolkit[quantization]'.",
+        )
+    if (Path(str(model.path)) / "adapter_config.json").is_file():
+        raise ConfigError(
+            "an adapter is merged into its base, which rounds it away where the base is quantized",
+            where="model.path",
+            got=model.path,
+            remedy="Merge it first: load_causal_lm(ModelConfig(path=...)).save_pretrained(folder).",
+        )
+    if model.quantization == "nf4":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
+
+
+def _prepare_quantized(model: PreTrainedModel) -> Any:
+    """Freeze the weights and keep norms and embeddings in float32; checkpointing is switched on by its own setting."""
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def _open_merged(path: str, arguments: dict[str, Any]) -> PreTrainedModel:

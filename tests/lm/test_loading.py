@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.config import load_config
+from rlhf.config import load_config, validate
 from rlhf.errors import ConfigError, ModelError
 from rlhf.lm.loading import LoraSettings, ModelConfig, add_lora, character_tokenizer, load_causal_lm, load_tokenizer
 from tests.lm.fresh_models import fresh_model
@@ -174,3 +174,51 @@ def test_config_reads_from_yaml(tmp_path):
     (tmp_path / "model.yaml").write_text("path: somewhere\nlora: {rank: 8, target_modules: [q_proj]}\n")
     config = load_config(ModelConfig, tmp_path / "model.yaml")
     assert config.lora == LoraSettings(rank=8, target_modules=["q_proj"])
+
+
+# --- quantized weights: what can be tested without a GPU -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"path": "x"}, {"config": SMALL, "lora": {}}])
+def test_quantized_weights_are_for_lora_on_an_existing_model(settings):
+    with pytest.raises(ConfigError, match=r"set `path` and `lora`"):
+        validate(ModelConfig, {"quantization": "nf4", **settings})
+
+
+def test_quantized_weights_without_a_gpu_are_refused(tmp_path, monkeypatch):
+    fresh_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"on a GPU, and there is none.*model.lora alone runs anywhere"):
+        load_causal_lm(ModelConfig(path=str(tmp_path), lora=LoraSettings(), quantization="nf4"))
+
+
+def test_quantized_weights_without_bitsandbytes_say_how_to_install_it(tmp_path, monkeypatch):
+    fresh_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("rlhf.lm.loading.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'rlhf-toolkit\[quantization\]'"):
+        load_causal_lm(ModelConfig(path=str(tmp_path), lora=LoraSettings(), quantization="int8"))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_transformers_is_asked_for_quantized_weights(quantization, tmp_path, monkeypatch):
+    """A stand-in for from_pretrained: what bitsandbytes does with it needs a GPU and is not tested here."""
+    asked = {}
+
+    def open_model(path, **arguments):
+        asked.update(arguments)
+        return fresh_model()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr("rlhf.lm.loading.find_spec", lambda name: object())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", open_model)
+    model = load_causal_lm(ModelConfig(path=str(tmp_path), lora=LoraSettings(rank=2), quantization=quantization))
+    settings = asked["quantization_config"]
+    assert (settings.load_in_4bit, settings.load_in_8bit) == (quantization == "nf4", quantization == "int8")
+    if quantization == "nf4":
+        assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+    assert asked["device_map"] == {"": 3}
+    learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert learned
+    assert all(".lora_" in name for name in learned)
