@@ -111,6 +111,14 @@ def test_a_run_that_diverges_says_so():
     assert "not finite" in result["diverged"]
 
 
+def test_a_policy_is_tried_in_other_worlds():
+    settings = {**TINY, "environment": {**TINY["environment"], "vectorization": "sync"}}
+    result = train(settings | {"worlds": {"same": {}, "thirty_steps_late": {"action_delay": [30, 30]}}})
+    assert result["worlds"]["same"] == result["greedy"]
+    # Until an action arrives the cart is pushed to the left, and the pole falls within 8 to 10 steps.
+    assert 8 <= result["worlds"]["thirty_steps_late"] <= 10
+
+
 def test_random_play_is_known():
     # CartPole's uniformly random policy returns 22.2 on average (10,000 episodes of gymnasium's; 22.9 in other counts).
     result = play_randomly({"environment": "CartPole-v1", "episodes": 300, "seed": 0})
