@@ -20,7 +20,7 @@ from rlhf.lm.critic import CriticConfig
 from rlhf.lm.doctor import Doctor, DoctorConfig
 from rlhf.lm.ema import EmaConfig, PolicyAverage, evaluate_both
 from rlhf.lm.evaluation import EvaluationConfig, make_evaluation
-from rlhf.lm.loading import ModelConfig
+from rlhf.lm.loading import ModelConfig, resolve_precision
 from rlhf.lm.ptx import ImitationLoss, PtxConfig, make_imitation
 from rlhf.lm.sft import SftConfig
 from rlhf.lm.sources import RewardConfig, SourceConfig, load_demonstration_sets, load_prompt_sets, make_reward
@@ -60,8 +60,9 @@ class FineTuningConfig(Config):
     """Checks before the first update."""
     watch: WatchConfig = WatchConfig()
     """Warnings on the way, and a KL budget that ends the run."""
-    mixed_precision: Literal["no", "bf16"] | None = None
-    """bf16 runs forwards in bfloat16; null takes the launcher's word."""
+    mixed_precision: Literal["no", "bf16", "auto"] | None = None
+    """bf16 runs forwards in bfloat16, the trained weights stay as they are; auto does where the GPU has it; null takes
+    the launcher's word."""
     run: RunConfig = RunConfig()
 
 
@@ -79,7 +80,7 @@ def fine_tune(config: FineTuningConfig, *, recipe: str) -> dict[str, float]:
         UserError: Settings, data, model or rewards that cannot be used, before anything is trained.
     """
     require_groups(config.algorithm, config.collector)
-    accelerator = make_accelerator(mixed_precision=config.mixed_precision)
+    accelerator = make_accelerator(mixed_precision=resolve_precision(config.mixed_precision))
     run = Run(config.run, resolved=config, iterations=config.iterations, accelerator=accelerator, recipe=recipe)
     prompts, held_out = load_prompt_sets(config.prompts)
     reward = make_reward(config.reward)

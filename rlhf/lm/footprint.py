@@ -58,6 +58,7 @@ def measure_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None 
         own_head = head is not None and head.weight is not built.get_input_embeddings().weight
         head_bytes = sum(_bytes(parameter) for parameter in head.parameters()) if own_head else 0
         whole_bytes = sum(map(_bytes, built.parameters()))
+        saved = _saved_by_quantization(built, model.quantization)
         if model.lora is not None:
             built = add_lora(built, model.lora)
     parameters = list(built.parameters())
@@ -66,7 +67,7 @@ def measure_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None 
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in learned),
-        weight_bytes=sum(map(_bytes, parameters)),
+        weight_bytes=sum(map(_bytes, parameters)) - saved,
         trainable_bytes=sum(map(_bytes, learned)),
         body_bytes=whole_bytes - head_bytes,
         cache_bytes=cache_bytes_per_token(text, dtype),
@@ -83,6 +84,19 @@ def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return 2 * layers * heads * width * dtype.itemsize
+
+
+def _saved_by_quantization(built: Any, quantization: str | None) -> int:
+    """Bytes that quantized linear layers do without; the head stays whole.
+
+    Source: QLoRA, section 3: 4 bits a weight, and 0.127 for its doubly quantized constants.
+    """
+    if quantization is None:
+        return 0
+    bits = 4.127 if quantization == "nf4" else 8.0
+    head = built.get_output_embeddings()
+    linear = [module.weight for module in built.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    return sum(_bytes(weight) - round(weight.numel() * bits / 8) for weight in linear)
 
 
 def _read_config(path: str) -> PretrainedConfig:

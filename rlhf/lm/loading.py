@@ -78,6 +78,13 @@ class ModelConfig(Config):
         return self
 
 
+def resolve_precision(word: Literal["no", "bf16", "auto"] | None) -> Literal["no", "bf16"] | None:
+    """Replace `auto` by what the hardware has: bfloat16 on a GPU that computes with it, else no mixed precision."""
+    if word != "auto":
+        return word
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
 def load_tokenizer(source: ModelConfig | str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 

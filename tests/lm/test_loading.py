@@ -4,7 +4,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config import load_config, validate
 from rlhf.errors import ConfigError, ModelError
-from rlhf.lm.loading import LoraSettings, ModelConfig, add_lora, character_tokenizer, load_causal_lm, load_tokenizer
+from rlhf.lm.loading import (
+    LoraSettings,
+    ModelConfig,
+    add_lora,
+    character_tokenizer,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_precision,
+)
 from tests.lm.fresh_models import fresh_model
 
 SMALL = {
@@ -222,3 +230,13 @@ def test_transformers_is_asked_for_quantized_weights(quantization, tmp_path, mon
     learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert learned
     assert all(".lora_" in name for name in learned)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bfloat16", "expected"), [(False, False, "no"), (True, False, "no"), (True, True, "bf16")]
+)
+def test_precision_follows_the_hardware_where_it_is_left_to_it(gpu, bfloat16, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+    assert resolve_precision("auto") == expected
+    assert [resolve_precision(word) for word in ("no", "bf16", None)] == ["no", "bf16", None]

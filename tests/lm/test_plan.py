@@ -79,6 +79,16 @@ def test_adapters_are_what_is_trained():
     assert 0 < size.trainable < size.parameters
 
 
+def test_quantized_weights_take_four_bits_each(tmp_path):
+    fresh_model("llama").config.save_pretrained(tmp_path)
+    settings = {"path": str(tmp_path), "lora": LoraSettings(rank=2)}
+    whole = measure_model(ModelConfig(**settings)).weight_bytes
+    # Of each of 2 layers q, o: 32 x 32, k, v: 32 x 16, three of 32 x 48, at 4 bytes against 4.127 bits.
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    quantized = measure_model(ModelConfig(**settings, quantization="nf4")).weight_bytes
+    assert whole - quantized == pytest.approx(weights * (4 - 4.127 / 8), abs=8)
+
+
 def test_nothing_is_allocated():
     """Eight billion parameters in a moment, on any machine."""
     large = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
