@@ -87,3 +87,17 @@ def test_fine_tuning_needs_an_environment_that_demonstrates(tmp_path, monkeypatc
     environment = {"function": "mute_environment:Mute"}  # found in the working directory
     with pytest.raises(ConfigError, match=r"no demonstrate\(\)"):
         run(settings(tmp_path / "run", environment=environment, sft={"max_steps": 1}))
+
+
+def test_an_environment_of_gymnasium_plays_in_words(tmp_path):
+    arguments = {"map_name": "4x4", "max_turns": 3}
+    environment = {"function": "classic_rl.frozen_lake_words:FrozenLakeInWords", "arguments": arguments}
+    values = settings(tmp_path, environment=environment, iterations=1)
+    values["collector"] |= {"starts_per_iteration": 2, "max_episode_length": 96}
+    values["model"] = {"config": {**MODEL, "max_position_embeddings": 256}}  # the map alone takes 35 tokens
+    run(values)
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    # An untrained model says no words: three turns of -0.1, then the limit that it was not told of.
+    assert first["rollout/truncated_fraction"] == 1.0
+    assert first["rollout/score_mean"] == pytest.approx(-0.3)
+    assert first["rollout/sampling_mismatch_max"] < 1e-4
