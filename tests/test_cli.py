@@ -50,7 +50,9 @@ class ToyConfig(Config):
 CONFIG = ToyConfig
 
 def main(config):
-    print("name:", os.environ["RLHF_CONFIG_NAME"], "rank:", os.environ.get("RANK"), "x:", config.x, flush=True)
+    # One write: processes share a pipe, and the launcher starts them without buffers.
+    line = f"name: {os.environ['RLHF_CONFIG_NAME']} rank: {os.environ.get('RANK')} x: {config.x}"
+    os.write(1, (line + "\\n").encode())
     if config.end == "user error" or config.run.seed == config.bad_seed:
         raise DataError("no field `prompt`", where="a.jsonl:3")
     if config.end == "crash":
