@@ -15,7 +15,7 @@ from classic_rl.normalized_scores import (
 )
 from rlhf.cli import launch
 from rlhf.config import Config
-from rlhf.training.experiment import markdown_table
+from rlhf.training.experiment import markdown_table, write_report
 from rlhf.training.run import Run, RunConfig
 
 
@@ -58,9 +58,7 @@ def main(config: NormalizedScoresConfig) -> dict[str, float]:
         markdown_table(["game", "score", "normalized", "config", "seed"], own) if own else "none given",
     ]
     table = "\n\n".join(parts) + "\n"
-    (run.directory / "table.md").write_text(table, encoding="utf-8")
-    (run.directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    run.say(table)
+    write_report(run, table, numbers)
     return run.finish(**numbers)
 
 

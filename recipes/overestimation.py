@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 from pydantic import Field
 
 from classic_rl.off_policy_experiments import OffPolicyGrid, run_grid
 from classic_rl.overestimation_report import report
 from rlhf.cli import launch
 from rlhf.config import Config
+from rlhf.training.experiment import write_report
 from rlhf.training.run import Run, RunConfig
 
 
@@ -29,9 +28,7 @@ def main(config: OverestimationConfig) -> dict[str, float]:
     run = Run(config.run, resolved=config, iterations=0, recipe="overestimation")
     results = run_grid(config.grid, directory=run.directory, jobs=config.jobs, name="overestimation")
     table, numbers = report(results, directory=run.directory, draws=config.draws)
-    (run.directory / "table.md").write_text(table, encoding="utf-8")
-    (run.directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    run.say(table)
+    write_report(run, table, numbers)
     return run.finish(
         **{
             f"error/{name} {kind}": value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import Field
@@ -12,6 +11,7 @@ from classic_rl.experiments_sanity import SOLVED, TASK, report, variants
 from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.errors import ConfigError
+from rlhf.training.experiment import write_report
 from rlhf.training.run import Run, RunConfig
 
 
@@ -38,9 +38,7 @@ def main(config: SanityConfig) -> dict[str, float]:
     grid = Grid(base={"ends_at_return": SOLVED}, tasks={TASK: {}}, variants=chosen, seeds=config.seeds)
     results = run_grid(grid, directory=run.directory, jobs=config.jobs, name="sanity")
     table, numbers = report(results, directory=run.directory)
-    (run.directory / "table.md").write_text(table, encoding="utf-8")
-    (run.directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    run.say(table)
+    write_report(run, table, numbers)
     return run.finish(**numbers)
 
 

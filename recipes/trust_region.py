@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 from pydantic import Field
 
 from classic_rl.experiment_grid import Grid, run_grid
 from classic_rl.experiments_trust_region import report
 from rlhf.cli import launch
 from rlhf.config import Config
+from rlhf.training.experiment import write_report
 from rlhf.training.run import Run, RunConfig
 
 
@@ -27,9 +26,7 @@ def main(config: TrustRegionConfig) -> dict[str, float]:
     run = Run(config.run, resolved=config, iterations=0, recipe="trust_region")
     results = run_grid(config.grid, directory=run.directory, jobs=config.jobs, name="trust_region")
     table, numbers = report(config.grid, results, directory=run.directory)
-    (run.directory / "table.md").write_text(table, encoding="utf-8")
-    (run.directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    run.say(table)
+    write_report(run, table, numbers)
     return run.finish(**numbers)
 
 

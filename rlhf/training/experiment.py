@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,10 @@ from rlhf.markdown import markdown_table
 from rlhf.training.checkpoints import write_atomically
 from rlhf.training.metrics import ConsoleLog, jsonable
 
-__all__ = ["Cell", "markdown_table", "mean_and_interval", "run_cells"]
+if TYPE_CHECKING:
+    from rlhf.training.run import Run
+
+__all__ = ["Cell", "markdown_table", "mean_and_interval", "run_cells", "write_report"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 BOOTSTRAP_DRAWS = 10_000
@@ -177,6 +180,19 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ.pop(variable, None)
             else:
                 os.environ[variable] = value
+
+
+def write_report(run: Run, table: str, numbers: Any) -> None:
+    """Write `table.md` and `results.json` into the run directory, and show the table.
+
+    Args:
+        run: Of the experiment.
+        table: Markdown.
+        numbers: What the table and the figure show, as JSON.
+    """
+    write_atomically(run.directory / "table.md", table)
+    write_atomically(run.directory / "results.json", json.dumps(numbers, indent=2) + "\n")
+    run.say(table)
 
 
 def mean_and_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
