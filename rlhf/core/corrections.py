@@ -66,7 +66,7 @@ def off_policy_rows(
     """True for rows that the policy has left behind: `mean_t (log mu - log pi) > threshold`.
 
     The objective leaves them out where their advantage is negative: pushing down what the policy would hardly write
-    any more destabilises it. Source: OPSM of DeepSeek-AI 2025, https://arxiv.org/abs/2512.02556, section 3.1.
+    any more destabilises it. Source: OPSM of DeepSeek-AI 2025, https://arxiv.org/abs/2512.02556.
 
     Args:
         log_probs: Under the policy that is trained.

@@ -12,7 +12,7 @@ class EntropyCoefficient:
     """Rises by a step after every update whose entropy lay below the target, falls by one after the others.
 
     `c <- c + step` where entropy < target, else `max(0, c - step)`; the bonus acts only while entropy <= target.
-    Source: He et al. 2025 (Skywork-OR1), https://arxiv.org/abs/2505.22312, section 4.2.
+    Source: He et al. 2025 (Skywork-OR1), https://arxiv.org/abs/2505.22312.
 
     Args:
         initial: The coefficient at the start; it acts until the first entropy is known.

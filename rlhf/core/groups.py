@@ -18,7 +18,7 @@ def length_weighted(
     """Score minus the mean of its group's scores weighted by the rows' lengths.
 
     `A_i = r_i - sum_j(l_j r_j) / sum_j(l_j)`: the baseline of least variance where the squared gradient of a row's
-    log-prob grows with its length. Source: Hao et al. 2025 (OPO), https://arxiv.org/abs/2505.23585, section 3.
+    log-prob grows with its length. Source: Hao et al. 2025 (OPO), https://arxiv.org/abs/2505.23585.
 
     Args:
         scores: One score per row.
@@ -48,7 +48,7 @@ def best_of_group(scores: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> 
     """The lead of a group's best row over its second best; 0 for all others, and for everyone where the best tie.
 
     `A_i = max_j r_j - max_{j != i} r_j`: what the row adds to the best of its group (max@k, and for 0/1 scores
-    pass@k, with k the group's size). Source: Tang et al. 2025, https://arxiv.org/abs/2503.19595, section 3.
+    pass@k, with k the group's size). Source: Tang et al. 2025, https://arxiv.org/abs/2503.19595.
 
     Args:
         scores: One score per row.
@@ -88,7 +88,7 @@ def group_relative_parts(
 
     `S_i = sum_k w_k (r_ik - mean_k) / (std_k + epsilon)`, `A_i = (S_i - mean(S)) / (std(S) + epsilon)`. Where parts are
     summed first (GRPO), different combinations of parts can get one advantage; here they stay apart.
-    Source: GDPO, https://arxiv.org/abs/2601.05242, eq. 4 to 6; sample standard deviations as in TRL.
+    Source: GDPO, https://arxiv.org/abs/2601.05242; sample standard deviations as in TRL.
 
     Args:
         parts: One score per row and part; NaN where a part does not apply to a row, which then counts as average.

@@ -121,7 +121,7 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
         advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
         surrogate=ClippedWeight(clip_high=4.0),
     ),
-    # Zheng et al. 2025 (the paper of gspo), eq. 13: the row's ratio, each action's own gradient.
+    # Zheng et al. 2025 (the paper of gspo), its token form: the row's ratio, each action's own gradient.
     "gspo_token": AlgorithmConfig(
         advantages=GroupRelative(scale="sample_std", epsilon=1e-4),
         ratio="sequence_geometric_mean_token",

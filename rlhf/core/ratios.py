@@ -27,7 +27,7 @@ def importance_ratio(
 
     token: `rho_t = pi(a_t) / pi_old(a_t)`. sequence_geometric_mean: `exp(mean_t log rho_t)` (GSPO).
     sequence_geometric_mean_token: the same value, but at each action the gradient of its own log-prob
-    (GSPO-token, eq. 13 and 14).
+    (GSPO-token).
     sequence_product: `prod_t rho_t`, the exact importance weight of the whole row. Row ratios are repeated along T,
     so that every surrogate and aggregation reads the same shape; their gradient reaches every action of the row, so
     that advantages which differ within a row act through their mean.

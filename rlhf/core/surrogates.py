@@ -89,7 +89,7 @@ def geometric_mean(
 
     For A > 0, `c_t = min(log rho_t, clip_high)`, else `max(log rho_t, -clip_low)`. One action's extreme ratio moves a
     row of l actions by its l-th root only.
-    Source: Zhao et al. 2025, https://arxiv.org/abs/2507.20673, eq. 4 (clip range exp(-.4) to exp(.4)).
+    Source: Zhao et al. 2025, https://arxiv.org/abs/2507.20673 (clip range exp(-.4) to exp(.4)).
 
     Args:
         ratio: Of each action, > 0.
@@ -143,7 +143,7 @@ def soft_gate(
     """`4 / tau * sigmoid(tau (rho - 1)) * A`: slope A at rho = 1, fading smoothly on both sides (SAPO).
 
     tau is `temperature_positive` where A > 0, else `temperature_negative`.
-    Source: Gao et al. 2025, https://arxiv.org/abs/2511.20347, eq. 6.
+    Source: Gao et al. 2025, https://arxiv.org/abs/2511.20347.
 
     >>> soft_gate(torch.tensor([[1.0]]), torch.tensor([[3.0]]), temperature_positive=2.0, temperature_negative=1.0)
     tensor([[3.]])
