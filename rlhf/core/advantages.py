@@ -92,7 +92,7 @@ def length_adaptive_lambda(mask: Bool[Tensor, "B T"], *, alpha: float) -> Float[
     """`1 - 1 / (alpha * l)` for a row of l actions, so that the weights of the temporal differences sum to alpha * l.
 
     Never below 0, which rows shorter than 1 / alpha get.
-    Source: VAPO, https://arxiv.org/abs/2504.05118, eq. 7 and 8 (alpha .05).
+    Source: VAPO, https://arxiv.org/abs/2504.05118 (alpha .05).
 
     Args:
         mask: True where the action was the policy's own.
