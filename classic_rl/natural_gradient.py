@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from classic_rl.distributions import DiagonalGaussian
-from classic_rl.divergence import fisher_metric
+from classic_rl.divergence import deviation_fisher, fisher_metric
 from classic_rl.networks import MLP
 from classic_rl.policy import ActorCritic
 from rlhf.core.masking import Reduce, identity
@@ -88,17 +87,16 @@ class FisherProduct:
         self._slopes = [(h > 0).to(h.dtype) if self._relu else 1 - h * h for h in self._hidden[1:]]
         self._metric = fisher_metric(policy.distribution, outputs)
         self._shapes = [parameter.shape for parameter in actor_parameters(policy)]
-        self._free_log_std = isinstance(policy.distribution, DiagonalGaussian)
+        self._deviations = deviation_fisher(policy.distribution, outputs)
         self._states = reduce(torch.tensor(float(len(observations)), device=observations.device)).item()
-        self._share = len(observations) / self._states
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Multiply a vector [D]."""
         pieces = [p.view(s) for p, s in zip(vector.split([s.numel() for s in self._shapes]), self._shapes, strict=True)]
         layers = pieces[: 2 * len(self._weights)]
         back = self._backward(self._metric(self._forward(layers)) / self._states)
-        if self._free_log_std:  # d^2 KL / d log_std^2 = 2 in every state
-            back.append(2 * self._share * pieces[-1])
+        if self._deviations is not None:
+            back.append(self._deviations(pieces[-1]) / self._states)
         return self._reduce(torch.cat([piece.reshape(-1) for piece in back])) + self.damping * vector
 
     def _forward(self, tangents: list[Tensor]) -> Tensor:
@@ -164,13 +162,14 @@ def actor_parameters(policy: ActorCritic) -> list[nn.Parameter]:
 
 
 def _hidden_layers(actor: MLP, observations: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The inputs of every layer, and the network's outputs [N, K]; without gradients."""
+    """The inputs of every layer, and the network's outputs [N, K] as `MLP.forward` has them; without gradients."""
     hidden = [observations]
     with torch.no_grad():
         for layer in actor.layers[:-1]:
             z = layer(hidden[-1])
             hidden.append(z.relu() if actor.activation == "relu" else z.tanh())
-        return hidden, actor.layers[-1](hidden[-1])
+        outputs = actor.layers[-1](hidden[-1])
+        return hidden, torch.cat([outputs, hidden[-1]], dim=-1) if actor.with_features else outputs
 
 
 def _mlp(actor: nn.Module) -> MLP:

@@ -75,11 +75,14 @@ class StateDependentGaussian(BoxDistribution):
 
     def log_probs_and_entropy(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Those of N(mean, z^2 std^2), summed over components."""
-        mean, features = parameters.split([self.num_outputs, self.num_features], dim=-1)
-        std = marginal_std(features.detach(), self.log_std)
-        log_std = std.log()
-        log_probs = -0.5 * ((actions - mean) / std).square() - log_std - HALF_LOG_TWO_PI
+        mean, log_std = self.means_and_log_std(parameters)
+        log_probs = -0.5 * ((actions - mean) / log_std.exp()).square() - log_std - HALF_LOG_TWO_PI
         return log_probs.sum(dim=-1), (log_std + 0.5 + HALF_LOG_TWO_PI).sum(dim=-1)
+
+    def means_and_log_std(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., A] each, of the marginal distribution."""
+        mean, features = parameters.split([self.num_outputs, self.num_features], dim=-1)
+        return mean, marginal_std(features.detach(), self.log_std).log()
 
     def noise(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal matrices [*shape, H, A]; along the first of several axes, `sample_every` steps share one."""

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from classic_rl.collector import CollectSteps
 from classic_rl.continuous_networks import ContinuousNetworkConfig
-from classic_rl.divergence import describe, kl_from
 from classic_rl.environments import EnvironmentConfig
 from classic_rl.episodes import make_collector
 from classic_rl.networks import MLP, NetworkConfig, NumpyMirror
@@ -186,7 +185,3 @@ def test_a_saved_policy_comes_back(tmp_path):
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(ConfigError, match=r"network\.state_dependent"):
         policy_with(StateDependentExploration(), action_space=spaces.Discrete(2))
-    policy = policy_with(StateDependentExploration())
-    outputs = policy.actor(torch.zeros(2, 3))
-    with pytest.raises(ConfigError):  # trust regions know no closed form of its divergence
-        kl_from(describe(policy.distribution, outputs), policy.distribution, outputs)

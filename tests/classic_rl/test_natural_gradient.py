@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call
 
 import classic_rl.natural_gradient
-from classic_rl.distributions import Categorical
+from classic_rl.distributions import Categorical, StateDependentExploration
 from classic_rl.divergence import describe, fisher_metric, kl_from
 from classic_rl.natural_gradient import FisherProduct, actor_parameters, conjugate_gradient, natural_step
 from classic_rl.networks import NetworkConfig
@@ -24,12 +24,16 @@ SPACES = {
     "multi_discrete": gymnasium.spaces.MultiDiscrete([2, 3]),
     "multi_binary": gymnasium.spaces.MultiBinary(2),
     "box": gymnasium.spaces.Box(-1, 1, (2,), np.float32),
+    "box_state_dependent": gymnasium.spaces.Box(-1, 1, (2,), np.float32),
 }
 
 
 def make_policy(kind, *, activation="tanh", hidden=(4, 3)):
     """A small policy in float64, whose weights are not near their start, and six states."""
-    network = NetworkConfig(hidden_sizes=list(hidden), activation=activation, initial_log_std=-0.3)
+    exploration = StateDependentExploration(initial_log_std=-0.3) if kind == "box_state_dependent" else None
+    network = NetworkConfig(
+        hidden_sizes=list(hidden), activation=activation, initial_log_std=-0.3, state_dependent=exploration
+    )
     policy = ActorCritic(gymnasium.spaces.Box(-1, 1, (3,)), SPACES[kind], network=network, seed=0).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -54,14 +58,14 @@ def explicit_fisher(policy, observations, kind):
 
 def actions_and_probabilities(policy, observation, kind):
     outputs = policy.actor(observation[None])
-    if kind == "box":
+    if kind.startswith("box"):
         # The scores are polynomials of degree 2 in the noise, their products of degree 4; 5 nodes are exact to 9.
         nodes, weights = np.polynomial.hermite_e.hermegauss(5)
         weights = weights / math.sqrt(2 * math.pi)
-        std = policy.distribution.log_std.detach().exp()
+        mean, std = normal_of(policy, outputs[0].detach())
         for i, x in enumerate(nodes):
             for j, y in enumerate(nodes):
-                action = outputs[0].detach() + std * torch.tensor([x, y])
+                action = mean + std * torch.tensor([x, y])
                 yield action, weights[i] * weights[j]
         return
     if kind == "discrete":
@@ -71,6 +75,15 @@ def actions_and_probabilities(policy, observation, kind):
     for action in choices:
         log_prob = policy.distribution.log_probs_and_entropy(outputs, action[None])[0]
         yield action, log_prob.exp().item()
+
+
+def normal_of(policy, outputs):
+    """Mean and standard deviation; with state-dependent exploration sqrt(sum_h z_h^2 std_h^2 + 1e-6)."""
+    log_std = policy.distribution.log_std.detach()
+    if log_std.ndim == 1:
+        return outputs, log_std.exp()
+    mean, features = outputs[..., :2], outputs[..., 2:]
+    return mean, (features[..., None] ** 2 * log_std.exp() ** 2).sum(-2).add(1e-6).sqrt()
 
 
 def test_the_doctests():
@@ -119,7 +132,7 @@ def test_the_fisher_product_is_that_of_the_explicit_matrix(kind, activation):
     torch.testing.assert_close(damped(vector), fisher @ vector + 0.25 * vector)
 
 
-@pytest.mark.parametrize("kind", sorted(SPACES))
+@pytest.mark.parametrize("kind", sorted(SPACES.keys() - {"box_state_dependent"}))  # whose features count as constants
 def test_the_fisher_matrix_is_the_hessian_of_the_kl(kind):
     # The other definition: KL(old || theta) = 1/2 d^T F d + O(d^3). Both directions of KL share F; see below.
     policy, observations = make_policy(kind)
@@ -144,19 +157,17 @@ def test_the_old_policy_comes_first_in_the_kl():
     assert kl_from(old, distribution, torch.tensor([[0.9, 0.1]]).log()).item() == pytest.approx(0.5108, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["multi_discrete", "box"])
+@pytest.mark.parametrize("kind", ["multi_discrete", "box", "box_state_dependent"])
 def test_the_kl_equals_torch_distributions(kind):
     policy, observations = make_policy(kind)
     other, _ = make_policy(kind, hidden=(5,))
-    if kind == "box":
+    if kind.startswith("box"):
         with torch.no_grad():
             other.distribution.log_std += torch.tensor([0.7, -0.4])
     p, q = policy.actor(observations), other.actor(observations)
     kl = kl_from(describe(policy.distribution, p), other.distribution, q)
-    if kind == "box":
-        normals = [
-            torch.distributions.Normal(mean, pol.distribution.log_std.exp()) for mean, pol in ((p, policy), (q, other))
-        ]
+    if kind.startswith("box"):
+        normals = [torch.distributions.Normal(*normal_of(pol, outputs)) for outputs, pol in ((p, policy), (q, other))]
         expected = torch.distributions.kl_divergence(*normals).sum(-1)
     else:
         parts = [
