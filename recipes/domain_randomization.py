@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from classic_rl.experiment_grid import Grid, run_grid
-from classic_rl.experiments_randomization import report
+from classic_rl.experiments.domain_randomization import report
+from classic_rl.experiments.grid import Grid, run_grid
 from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.training.experiment import write_report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from classic_rl.normalized_scores import (
+from classic_rl.experiments.normalized_scores import (
     game_name,
     human_normalized,
     read_medians,

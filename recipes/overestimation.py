@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from classic_rl.off_policy_experiments import OffPolicyGrid, run_grid
-from classic_rl.overestimation_report import report
+from classic_rl.experiments.off_policy import OffPolicyGrid, run_grid
+from classic_rl.experiments.overestimation_report import report
 from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.training.experiment import write_report

@@ -7,8 +7,8 @@ import json
 import numpy as np
 from pydantic import Field
 
-from classic_rl.gradient_variance import VARIANTS
-from classic_rl.gradient_variance_report import draw, make_table
+from classic_rl.experiments.policy_gradient_variance import VARIANTS
+from classic_rl.experiments.policy_gradient_variance_report import draw, make_table
 from classic_rl.threads import limit_threads
 from rlhf.cli import launch
 from rlhf.config import Config
@@ -54,7 +54,7 @@ def main(config: VarianceConfig) -> dict[str, float]:
         every = {"measure_every": config.measure_every, "measure_all": False}
         for number, form in enumerate(VARIANTS):
             cells.append(Cell(f"train-{number}-seed_{seed}", {**common, **every, "form": form, "seed": seed}))
-    function = "classic_rl.gradient_variance:learn_and_measure"
+    function = "classic_rl.experiments.policy_gradient_variance:learn_and_measure"
     results = run_cells(cells, function, directory=run.directory, jobs=config.jobs, name="policy_gradient_variance")
     fixed = [result for cell, result in zip(cells, results, strict=True) if cell.name.startswith("fixed")]
     trained = {

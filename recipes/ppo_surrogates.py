@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from classic_rl.experiment_grid import Grid, run_grid
-from classic_rl.experiments_surrogates import random_returns, report
+from classic_rl.experiments.grid import Grid, run_grid
+from classic_rl.experiments.ppo_surrogates import random_returns, report
 from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.training.experiment import write_report

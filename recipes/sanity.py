@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from classic_rl.experiment_grid import Grid, run_grid
-from classic_rl.experiments_sanity import SOLVED, TASK, report, variants
+from classic_rl.experiments.grid import Grid, run_grid
+from classic_rl.experiments.sanity import SOLVED, TASK, report, variants
 from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.errors import ConfigError

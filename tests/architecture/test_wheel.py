@@ -28,6 +28,8 @@ def test_recipes_come_with_the_wheel(tmp_path):
         file.relative_to(ROOT / "recipes") for kind in ("*.py", "*.yaml") for file in (ROOT / "recipes").rglob(kind)
     }
     assert there <= shipped
+    scores = "classic_rl/experiments/atari_scores"
+    assert {file.name for file in (ROOT / scores).iterdir()} == {file.name for file in (installed / scores).iterdir()}
     # PYTHONPATH comes before the editable install of the checkout.
     environment = os.environ | {"PYTHONPATH": str(installed)}
     listed = subprocess.run(
