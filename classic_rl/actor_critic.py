@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
@@ -23,12 +22,11 @@ from classic_rl.collector import StepCollector, Steps
 from classic_rl.distributions import Categorical
 from classic_rl.networks import MLP
 from classic_rl.policy import ActorCritic
+from classic_rl.rollout_learner import RolloutLearner, credited
 from rlhf.config import Config
 from rlhf.core.algorithm import AlgorithmConfig, PolicyGradient, RewardsToGo, TokenMean
-from rlhf.core.types import Experience, Rollout
+from rlhf.core.types import Rollout
 from rlhf.errors import ConfigError
-from rlhf.training.distributed import make_accelerator, make_reduce
-from rlhf.training.learner import Learner
 from rlhf.training.optimizer import PolicyOptimizer, build_optimizer
 from rlhf.training.update_config import UpdateConfig
 
@@ -63,26 +61,20 @@ class TransitionCollector(StepCollector):
         return replace(rollout, inputs={**rollout.inputs, "next_observations": following, "goes_on": goes_on})
 
 
-class QActorCriticLearner:
+class QActorCriticLearner(RolloutLearner):
     """One actor step per rollout through the shared learner, and the critic's regression.
 
+    Args:
+        policy: The actor.
+        config: How the critic learns.
+        update, accelerator, seed: See `RolloutLearner`; of the actor.
+
     Attributes:
-        algorithm: What of it the shared core does; collectors read it.
         critic: From [..., D] to [..., A].
-        reduce: Sums a tensor over processes.
-        replicated: Checkpoints need the state of one process only.
     """
 
-    replicated = True
-
     def __init__(
-        self,
-        policy: ActorCritic,
-        config: QActorCritic,
-        update: UpdateConfig,
-        *,
-        accelerator: Accelerator | None = None,
-        seed: int = 0,
+        self, policy: ActorCritic, config: QActorCritic, update: UpdateConfig, *, seed: int = 0, **shared: Any
     ) -> None:
         """Build the critic beside the actor, of the same shape.
 
@@ -96,25 +88,18 @@ class QActorCriticLearner:
                 got=str(policy.action_space),
                 remedy="Use algorithm: {type: reinforce}, or sac and td3 of the recipe off_policy.",
             )
-        accelerator = accelerator if accelerator is not None else make_accelerator()
-        if accelerator.num_processes > 1:
-            raise ConfigError("the Q actor-critic runs in one process", got=accelerator.num_processes)
-        self.policy, self.config, self.reduce = policy, config, make_reduce(accelerator)
-        self.algorithm = AlgorithmConfig(
+        algorithm = AlgorithmConfig(
             advantages=RewardsToGo(discount=config.discount),
             surrogate=PolicyGradient(),
             aggregation=TokenMean(),
             entropy_coef=config.entropy_coef,
         )
-        self._actor = Learner(policy, self.algorithm, update, accelerator=accelerator, seed=seed)
-        sizes = [layer.in_features for layer in policy.actor.layers]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
-            self.critic = MLP(
-                [*sizes, policy.distribution.num_outputs],
-                activation=policy.network_config.activation,
-                kernel=policy.network_config.kernel,
-            ).to(accelerator.device)
+        super().__init__(policy, algorithm, update, seed=seed, **shared)
+        accelerator = self.learner.accelerator
+        if accelerator.num_processes > 1:
+            raise ConfigError("the Q actor-critic runs in one process", got=accelerator.num_processes)
+        self.config = config
+        self.critic = _critic_like(policy, seed=seed + 1).to(accelerator.device)
         adam = UpdateConfig(learning_rate=config.critic_learning_rate, optimizer="adam")
         named = list(self.critic.named_parameters())
         self._optimizer = PolicyOptimizer(build_optimizer(self.critic.parameters(), adam), named_parameters=named)
@@ -134,14 +119,11 @@ class QActorCriticLearner:
         for _ in range(self.config.critic_steps):
             loss = self._critic_step(rollout)
         credits, q = self._credits(rollout)
-        experience = Experience(
+        experience = replace(
+            credited(rollout, torch.where(rollout.action_mask, credits, 0.0)),
             inputs={"observations": rollout.inputs["observations"]},
-            actions=rollout.actions,
-            action_mask=rollout.action_mask,
-            old_log_probs=rollout.old_log_probs,
-            advantages=torch.where(rollout.action_mask, credits, 0.0),
         )
-        metrics = self._actor.update(experience, progress=progress, progress_step=progress_step)
+        metrics = self.learner.update(experience, progress=progress, progress_step=progress_step)
         return metrics | {"critic_loss": loss, "q_mean": q[rollout.action_mask].mean().item()}
 
     @torch.no_grad()
@@ -181,7 +163,7 @@ class QActorCriticLearner:
     def state_dict(self) -> dict[str, Any]:
         """Actor, critic, optimizers, generator."""
         return {
-            "actor": self._actor.state_dict(),
+            "actor": super().state_dict(),
             "critic": {name: tensor.clone() for name, tensor in self.critic.state_dict().items()},
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
@@ -189,7 +171,19 @@ class QActorCriticLearner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._actor.load_state_dict(state["actor"])
+        super().load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
+
+
+def _critic_like(policy: ActorCritic, *, seed: int) -> MLP:
+    """Return a network of the actor's shape with one output per action."""
+    sizes = [layer.in_features for layer in policy.actor.layers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MLP(
+            [*sizes, policy.distribution.num_outputs],
+            activation=policy.network_config.activation,
+            kernel=policy.network_config.kernel,
+        )

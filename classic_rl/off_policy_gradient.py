@@ -19,17 +19,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
 from classic_rl.policy import ActorCritic
 from classic_rl.reinforce import mean_of_others
+from classic_rl.rollout_learner import RolloutLearner, credited
 from rlhf.config import Config
 from rlhf.core.advantages import discounted_scan
 from rlhf.core.algorithm import AlgorithmConfig, PolicyGradient, RewardsToGo, SequenceSum
-from rlhf.core.types import Experience, Rollout
-from rlhf.training.learner import Learner
+from rlhf.core.types import Rollout
 from rlhf.training.update_config import UpdateConfig
 
 
@@ -84,32 +83,21 @@ def off_policy_coefficients(
     return torch.where(mask, weights * returns, 0.0), whole.exp()
 
 
-class OffPolicyLearner:
+class OffPolicyLearner(RolloutLearner):
     """`steps` gradient steps per rollout of whole episodes, the ratios measured anew before each.
 
-    Attributes:
-        algorithm: What of it the shared core does; collectors read it.
-        reduce: Sums a tensor over processes.
-        replicated: Checkpoints need the state of one process only.
+    Args:
+        policy: What learns.
+        config: The form.
+        update, accelerator, seed: See `RolloutLearner`.
     """
 
-    replicated = True
-
-    def __init__(
-        self,
-        policy: ActorCritic,
-        config: OffPolicyGradient,
-        update: UpdateConfig,
-        *,
-        accelerator: Accelerator | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.policy, self.config = policy, config
-        self.algorithm = AlgorithmConfig(
+    def __init__(self, policy: ActorCritic, config: OffPolicyGradient, update: UpdateConfig, **shared: Any) -> None:
+        algorithm = AlgorithmConfig(
             advantages=RewardsToGo(discount=config.discount), surrogate=PolicyGradient(), aggregation=SequenceSum()
         )
-        self._learner = Learner(policy, self.algorithm, update, accelerator=accelerator, seed=seed)
-        self.reduce = self._learner.reduce
+        super().__init__(policy, algorithm, update, **shared)
+        self.config = config
 
     def update(self, rollout: Rollout, *, progress: float = 0.0, progress_step: float = 0.0) -> dict[str, float]:
         """Learn from one rollout.
@@ -125,22 +113,9 @@ class OffPolicyLearner:
             coefficients, whole = off_policy_coefficients(
                 rollout.rewards, log_probs - rollout.old_log_probs, rollout.action_mask, self.config
             )
-            experience = Experience(
-                inputs=rollout.inputs,
-                actions=rollout.actions,
-                action_mask=rollout.action_mask,
-                old_log_probs=rollout.old_log_probs,
-                advantages=coefficients,
+            metrics = self.learner.update(
+                credited(rollout, coefficients), progress=progress, progress_step=progress_step
             )
-            metrics = self._learner.update(experience, progress=progress, progress_step=progress_step)
             total, squares = self.reduce(torch.stack([whole.sum(), whole.square().sum()])).tolist()
             metrics["effective_episodes"] = total**2 / squares if squares else 0.0
         return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """The learner's."""
-        return self._learner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The learner's."""
-        self._learner.load_state_dict(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Protocol, assert_never
+from typing import Annotated, assert_never
 
 from accelerate import Accelerator
 from pydantic import Field
@@ -15,34 +15,13 @@ from classic_rl.episodes import CollectEpisodes, EpisodeCollector
 from classic_rl.off_policy_gradient import OffPolicyGradient, OffPolicyLearner
 from classic_rl.policy import ActorCritic
 from classic_rl.reinforce import Reinforce, ReinforceLearner
-from rlhf.core.algorithm import AlgorithmConfig
-from rlhf.core.masking import Reduce
-from rlhf.core.types import Rollout
+from classic_rl.rollout_learner import RolloutLearner
 from rlhf.errors import ConfigError
 from rlhf.training.run import Run
 from rlhf.training.update_config import UpdateConfig
 
 PolicyGradientMethod = Annotated[Reinforce | OffPolicyGradient | QActorCritic, Field(discriminator="type")]
 Collect = Annotated[CollectSteps | CollectEpisodes, Field(discriminator="type")]
-
-
-class RolloutLearner(Protocol):
-    """Learns from rollouts directly: its credits need more than the shared core's `estimate` gives."""
-
-    algorithm: AlgorithmConfig
-    reduce: Reduce
-
-    def update(self, rollout: Rollout, *, progress: float = 0.0, progress_step: float = 0.0) -> dict[str, float]:
-        """Learn from one rollout."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        ...
 
 
 def needs_critic(method: PolicyGradientMethod) -> bool:

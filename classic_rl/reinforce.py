@@ -16,14 +16,15 @@ Without its gamma^t, which libraries leave out, discounted reward to go is the g
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from classic_rl.policy import ActorCritic
+from classic_rl.rollout_learner import RolloutLearner, credited
 from rlhf.config import Config
 from rlhf.core.advantages import rewards_to_go
 from rlhf.core.algorithm import AlgorithmConfig, PolicyGradient, RewardsToGo, SequenceSum, SquaredValueLoss, TokenMean
@@ -32,7 +33,6 @@ from rlhf.core.estimate import standardize_advantages
 from rlhf.core.masking import Reduce, identity, masked_sum
 from rlhf.core.types import Experience, Rollout, present
 from rlhf.errors import ConfigError
-from rlhf.training.learner import Learner
 from rlhf.training.update_config import UpdateConfig
 
 
@@ -112,12 +112,8 @@ def credit(rollout: Rollout, config: Reinforce, *, reduce: Reduce = identity) ->
             credits = credits - mean_of_others(torch.where(mask, credits, 0.0) if credits is to_go else credits)
         case "value":
             credits = credits - present(rollout.values)
-    experience = Experience(
-        inputs=rollout.inputs,
-        actions=rollout.actions,
-        action_mask=mask,
-        old_log_probs=rollout.old_log_probs,
-        advantages=torch.where(mask, credits, 0.0),
+    experience = replace(
+        credited(rollout, torch.where(mask, credits, 0.0)),
         returns=to_go if config.baseline == "value" else None,
         old_values=rollout.values if config.baseline == "value" else None,
         weights=state_weights(mask, episode_ends=rollout.episode_ends, discount=config.discount)
@@ -144,44 +140,25 @@ def mean_of_others(credits: Tensor) -> Tensor:
     return (credits.sum(dim=0, keepdim=True) - credits) / (rows - 1)
 
 
-class ReinforceLearner:
+class ReinforceLearner(RolloutLearner):
     """One step of the shared learner per rollout of whole episodes.
 
-    Attributes:
-        algorithm: What of it the shared core does; collectors read it.
-        reduce: Sums a tensor over processes.
-        replicated: Checkpoints need the state of one process only.
+    Args:
+        policy: What learns; with a critic where the baseline is its value.
+        config: The form.
+        update, accelerator, seed: See `RolloutLearner`.
     """
 
-    replicated = True
-
-    def __init__(
-        self,
-        policy: ActorCritic,
-        config: Reinforce,
-        update: UpdateConfig,
-        *,
-        accelerator: Accelerator | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.config, self.algorithm = config, shared_algorithm(config)
-        self._learner = Learner(policy, self.algorithm, update, accelerator=accelerator, seed=seed)
-        self.reduce = self._learner.reduce
+    def __init__(self, policy: ActorCritic, config: Reinforce, update: UpdateConfig, **shared: Any) -> None:
+        super().__init__(policy, shared_algorithm(config), update, **shared)
+        self.config = config
 
     def update(self, rollout: Rollout, *, progress: float = 0.0, progress_step: float = 0.0) -> dict[str, float]:
         """Learn from one rollout; returns the shared learner's metrics, and "credit_std" over actions."""
         experience = credit(rollout, self.config, reduce=self.reduce)
         spread = experience.advantages[experience.action_mask].std(correction=0).item()
-        metrics = self._learner.update(experience, progress=progress, progress_step=progress_step)
+        metrics = self.learner.update(experience, progress=progress, progress_step=progress_step)
         return metrics | {"credit_std": spread}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The learner's."""
-        return self._learner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The learner's."""
-        self._learner.load_state_dict(state)
 
 
 def gradient_coefficients(experience: Experience) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from classic_rl.experiments.off_policy import OffPolicyGrid, run_grid
+from classic_rl.experiments.grid import Grid, run_grid
+from classic_rl.experiments.off_policy import OffPolicyTraining
 from classic_rl.experiments.overestimation_report import report
 from rlhf.cli import launch
 from rlhf.config import Config
@@ -17,7 +18,7 @@ class OverestimationConfig(Config):
 
     draws: int = Field(100, ge=1)
     """Repetitions behind each bar of figure 1; the paper's are 100."""
-    grid: OffPolicyGrid
+    grid: Grid
     jobs: int = Field(2, ge=1)
     """Runs at a time, each in a process with one thread."""
     run: RunConfig = RunConfig()
@@ -26,7 +27,9 @@ class OverestimationConfig(Config):
 def main(config: OverestimationConfig) -> dict[str, float]:
     """Write `table.md`, three figures and `results.json` into the run directory."""
     run = Run(config.run, resolved=config, iterations=0, recipe="overestimation")
-    results = run_grid(config.grid, directory=run.directory, jobs=config.jobs, name="overestimation")
+    results = run_grid(
+        config.grid, training=OffPolicyTraining, directory=run.directory, jobs=config.jobs, name="overestimation"
+    )
     table, numbers = report(results, directory=run.directory, draws=config.draws)
     write_report(run, table, numbers)
     return run.finish(

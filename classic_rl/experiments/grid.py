@@ -16,14 +16,14 @@ from rlhf.errors import TrainingError
 from rlhf.training.experiment import Cell, run_cells
 
 Results = dict[tuple[str, str], list[dict[str, Any]]]
-"""(variant, task) -> what `classic_rl.experiments.on_policy.train` returned, in the order of the seeds."""
+"""(variant, task) -> what the cells' `train` returned, in the order of the seeds."""
 
 
 class Grid(Config):
     """What is trained: the settings of a cell are `base`, changed by its task, changed by its variant."""
 
     base: dict[str, Any]
-    """Settings of `classic_rl.experiments.on_policy.Training` that all cells share."""
+    """Settings that all cells share: of `classic_rl.experiments.on_policy.Training`, or of `OffPolicyTraining`."""
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     """Name -> changes of base; usually the environment."""
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -32,8 +32,12 @@ class Grid(Config):
     """Each variant runs on each task with each of them."""
 
 
-def grid_cells(grid: Grid) -> list[Cell]:
+def grid_cells(grid: Grid, *, training: type[Config] = Training) -> list[Cell]:
     """Return all cells, seed by seed, so that a stopped experiment has whole tables of its first seeds.
+
+    Args:
+        grid: What is trained.
+        training: The config of one cell.
 
     Raises:
         ConfigError: Settings that no training accepts, with the cell's name.
@@ -42,7 +46,7 @@ def grid_cells(grid: Grid) -> list[Cell]:
     for seed, task, variant in _order(grid):
         name = f"{variant}-{task}-seed_{seed}"
         settings = merge_settings(merge_settings(grid.base, grid.tasks[task]), grid.variants[variant]) | {"seed": seed}
-        validate(Training, settings, where=f"cell {name}")
+        validate(training, settings, where=f"cell {name}")
         cells.append(Cell(name, settings))
     return cells
 
@@ -51,10 +55,10 @@ def _order(grid: Grid) -> Iterator[tuple[int, str, str]]:
     return itertools.product(grid.seeds, grid.tasks, grid.variants)
 
 
-def run_grid(grid: Grid, *, directory: Path, jobs: int, name: str) -> Results:
-    """Train every cell that has no result in `directory` yet; see `run_cells`."""
-    cells = grid_cells(grid)
-    results = run_cells(cells, "classic_rl.experiments.on_policy:train", directory=directory, jobs=jobs, name=name)
+def run_grid(grid: Grid, *, training: type[Config] = Training, directory: Path, jobs: int, name: str) -> Results:
+    """Train every cell that has no result in `directory` yet, by the `train` beside its config; see `run_cells`."""
+    cells = grid_cells(grid, training=training)
+    results = run_cells(cells, f"{training.__module__}:train", directory=directory, jobs=jobs, name=name)
     gathered: Results = {}
     for (_, task, variant), result in zip(_order(grid), results, strict=True):
         gathered.setdefault((variant, task), []).append(result)

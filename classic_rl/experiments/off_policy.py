@@ -1,14 +1,13 @@
-"""One off-policy training as a function of JSON settings, and grids of such cells.
+"""One off-policy training as a function of JSON settings: the cell of the off-policy experiments.
 
 Agents and the loop's steps are those of `rlhf run off_policy`; only the run directory is replaced by numbers kept in
-memory. `rlhf run rainbow` and `rlhf run overestimation` are made of these.
+memory. `rlhf run rainbow` and `rlhf run overestimation` are grids of these.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,7 @@ from classic_rl.environments import EnvironmentConfig, make_environments
 from classic_rl.evaluation import EvaluationConfig, play_greedily
 from classic_rl.off_policy import OffPolicySchedule, Player, action_masks_of, observation_array, start
 from classic_rl.threads import limit_threads
-from rlhf.config import Config, merge_settings, validate
-from rlhf.training.experiment import Cell, run_cells
-
-Results = dict[tuple[str, str], list[dict[str, Any]]]
-"""(variant, task) -> what `train` returned, in the order of the seeds."""
+from rlhf.config import Config, validate
 
 TAIL = 0.01
 """A realised return counts where what is not seen of it weighs less than this: gamma^k < TAIL."""
@@ -40,47 +35,6 @@ class OffPolicyTraining(Config):
     """Compare at every evaluation the predicted values of greedy episodes with their realised discounted returns."""
     seed: int = Field(0, ge=0)
     """Of everything random."""
-
-
-class OffPolicyGrid(Config):
-    """Variants x tasks x seeds: the settings of a cell are `base`, changed by its task, changed by its variant."""
-
-    base: dict[str, Any]
-    """Settings of `OffPolicyTraining` that all cells share."""
-    tasks: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Name -> changes of base; usually environment and schedule."""
-    variants: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Name -> changes of base and task; usually pieces of the agent."""
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
-    """Each variant learns each task with each of them."""
-
-
-def grid_cells(grid: OffPolicyGrid) -> list[Cell]:
-    """Return all cells, seed by seed, so that a stopped experiment has whole tables of its first seeds.
-
-    Raises:
-        ConfigError: Settings that no training accepts, with the cell's name.
-    """
-    cells = []
-    for seed in grid.seeds:
-        for task, task_changes in grid.tasks.items():
-            for variant, changes in grid.variants.items():
-                name = f"{variant}-{task}-seed_{seed}"
-                settings = merge_settings(merge_settings(grid.base, task_changes), changes) | {"seed": seed}
-                validate(OffPolicyTraining, settings, where=f"cell {name}")
-                cells.append(Cell(name, settings))
-    return cells
-
-
-def run_grid(grid: OffPolicyGrid, *, directory: Path, jobs: int, name: str) -> Results:
-    """Train every cell that has no result in `directory` yet; see `run_cells`."""
-    cells = grid_cells(grid)
-    results = run_cells(cells, f"{__name__}:train", directory=directory, jobs=jobs, name=name)
-    keys = [(variant, task) for _ in grid.seeds for task in grid.tasks for variant in grid.variants]
-    gathered: Results = {}
-    for key, result in zip(keys, results, strict=True):
-        gathered.setdefault(key, []).append(result)
-    return gathered
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from classic_rl.experiments.figures import draw_curves
-from classic_rl.experiments.off_policy import Results
+from classic_rl.experiments.grid import Results
 from classic_rl.experiments.overestimation import CASES, PRINTED, STATES, expected_maximum, fit_errors, simulate_maxima
 from rlhf.training.experiment import markdown_table, mean_and_interval
 

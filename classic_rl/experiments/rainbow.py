@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from classic_rl.experiments.figures import draw_curves
-from classic_rl.experiments.off_policy import Results
+from classic_rl.experiments.grid import Results
 from rlhf.training.experiment import markdown_table, mean_and_interval
 
 

@@ -14,7 +14,8 @@ from gymnasium import spaces
 
 from classic_rl.environments import EnvironmentConfig
 from classic_rl.evaluation import EvaluationConfig
-from classic_rl.experiments.off_policy import OffPolicyGrid, grid_cells, values_of_greedy_play
+from classic_rl.experiments.grid import Grid, grid_cells
+from classic_rl.experiments.off_policy import OffPolicyTraining, values_of_greedy_play
 from classic_rl.experiments.overestimation import (
     CASES,
     expected_maximum,
@@ -129,19 +130,19 @@ def test_returns_of_cut_episodes_count_only_where_the_rest_is_negligible():
 
 
 def test_a_grid_merges_base_task_and_variant():
-    grid = OffPolicyGrid(
+    grid = Grid(
         base={"agent": {"type": "dqn", "batch_size": 8}, "schedule": {"total_steps": 10}},
         tasks={"T": {"environment": {"id": "CartPole-v1"}}},
         variants={"plain": {}, "double": {"agent": {"double": True}}},
         seeds=[4],
     )
-    plain, double = grid_cells(grid)
+    plain, double = grid_cells(grid, training=OffPolicyTraining)
     assert (plain.name, double.name) == ("plain-T-seed_4", "double-T-seed_4")
     assert double.settings["agent"] == {"type": "dqn", "batch_size": 8, "double": True}
     assert plain.settings["seed"] == 4
     broken = grid.model_copy(update={"variants": {"bad": {"agent": {"doubel": True}}}})
     with pytest.raises(ConfigError, match=r"bad-T-seed_4.*double"):
-        grid_cells(broken)
+        grid_cells(broken, training=OffPolicyTraining)
 
 
 @pytest.mark.slow
