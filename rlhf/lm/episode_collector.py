@@ -20,7 +20,7 @@ from rlhf.data.tokenization import require_special_tokens
 from rlhf.errors import ConfigError, DataError
 from rlhf.lm.backbone import unwrap_adapters
 from rlhf.lm.episodes import Episode, begin_episode, play_episodes
-from rlhf.lm.generation import Generator
+from rlhf.lm.generation import Generator, bring_up_to_date
 from rlhf.lm.judging import last_position
 from rlhf.lm.measurement import measure, measure_log_probs
 from rlhf.lm.policy import LanguageModelPolicy
@@ -116,6 +116,7 @@ class EpisodeCollector:
             DataError: A conversation exceeds the model's context.
             RewardError: An environment broke its protocol.
         """
+        bring_up_to_date(self.generator)
         episodes = self._begin()
         play_episodes(
             self.generator,
@@ -268,6 +269,7 @@ def episode_statistics(episodes: Sequence[Episode], *, group_size: int) -> Stati
         "length_mean": mean([float(sum(episode.own)) for episode in episodes]),
         "environment_tokens_mean": mean([float(len(episode.own) - sum(episode.own)) for episode in episodes]),
         "truncated_fraction": mean([float(episode.truncated) for episode in episodes]),
+        "out_of_room_fraction": mean([float(episode.out_of_room) for episode in episodes]),
         "cut_turns_fraction": (
             "mean",
             torch.tensor([float(n < episode.cut_turns) for episode in episodes for n in range(episode.turns)]),

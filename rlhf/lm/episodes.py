@@ -50,6 +50,8 @@ class Episode:
     """Turns cut at the limit of a turn's tokens, which the environment judged as they were."""
     terminated: bool = False
     truncated: bool = False
+    out_of_room: bool = False
+    """Truncated by us, since one more turn might not have fitted."""
 
     @property
     def over(self) -> bool:
@@ -149,7 +151,8 @@ def _take_turn(
     if terminated:
         return
     answer = following_ids(tokenizer, messages, ended=ended)
-    if truncated or len(episode.token_ids) + len(answer) > room:
+    episode.out_of_room = not truncated and len(episode.token_ids) + len(answer) > room
+    if truncated or episode.out_of_room:
         episode.truncated, episode.trailing_ids = True, answer
         return
     episode.token_ids += answer

@@ -1,4 +1,8 @@
-"""What the step-0 doctor looks at: numbers about the first rollout, over all processes."""
+"""What the step-0 doctor looks at: numbers about the first rollout, over all processes.
+
+A rollout of completions and one of conversations are looked at alike: rows are scored, log-probs compared, and what is
+cut at the limit of `max_completion_length` are completions there and turns here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ from torch import Tensor
 
 from rlhf.core.types import Experience, Rollout
 from rlhf.data.tokenization import end_token_ids
-from rlhf.lm.collector import PromptCollector, last_position
+from rlhf.lm.collector import PromptCollector
+from rlhf.lm.episode_collector import EpisodeCollector
+from rlhf.lm.judging import last_position
 from rlhf.training.distributed import gather_objects
 from rlhf.training.learner import Learner
 
@@ -51,13 +57,17 @@ class Evidence:
     needs_groups: bool
     finite_advantages: bool
     cut: float
-    """Share of completions cut at the limit."""
+    """Share of completions, or of turns, cut at the limit."""
     limit: int
     end_in_vocabulary: bool
     end_log_prob: float
     """Greatest log-prob of an end token at the looked-at positions."""
     entropy: float | None
     """Nats per token."""
+    turns: bool = False
+    """Whether rows are conversations of several turns."""
+    out_of_room: float = 0.0
+    """Share of conversations cut because one more turn might have exceeded `max_episode_length`."""
 
     @property
     def unscored(self) -> int:
@@ -77,7 +87,12 @@ class Evidence:
 
 @torch.no_grad()
 def gather_evidence(
-    rollout: Rollout, experience: Experience, *, learner: Learner, collector: PromptCollector, rows: int
+    rollout: Rollout,
+    experience: Experience,
+    *,
+    learner: Learner,
+    collector: PromptCollector | EpisodeCollector,
+    rows: int,
 ) -> Evidence:
     """Measure what `examine` judges; every process takes part and gets the same.
 
@@ -88,7 +103,7 @@ def gather_evidence(
         collector: Who made the rollout.
         rows: How many completions a process scores again.
     """
-    mask = rollout.action_mask
+    mask, told = rollout.action_mask, rollout.metrics
     old, policy, settings = rollout.old_log_probs, learner.policy, collector.config
     again, is_random = _score_again(learner, rollout, rows, tokens=settings.measure_tokens)
     sampled = rollout.sampling_log_probs if rollout.sampling_log_probs is not None else old
@@ -113,7 +128,7 @@ def gather_evidence(
         is_random=any(part["random"] for part in parts),
         is_bfloat16=learner.accelerator.mixed_precision == "bf16"
         or any(parameter.dtype == torch.bfloat16 for parameter in policy.parameters()),
-        old_is_sampled=settings.old_log_probs == "sampling",
+        old_is_sampled=isinstance(collector, PromptCollector) and collector.config.old_log_probs == "sampling",
         reference_uses_adapters=collector.reference is not None and collector.reference.uses_adapters,
         full_support=settings.sampling.full_support,
         corrects_mismatch=learner.algorithm.rollout_correction is not None,
@@ -121,11 +136,13 @@ def gather_evidence(
         uniform_groups=_uniform_share(scores, groups) if settings.group_size > 1 else None,
         needs_groups=learner.algorithm.needs_groups,
         finite_advantages=all(part["finite"] for part in parts),
-        cut=rollout.metrics.get("rollout/truncated_fraction", 0.0),
+        cut=told.get("rollout/cut_turns_fraction", told.get("rollout/truncated_fraction", 0.0)),
         limit=settings.sampling.max_completion_length,
         end_in_vocabulary=None not in ends,
         end_log_prob=max((end for end in ends if end is not None), default=-math.inf),
-        entropy=rollout.metrics.get("rollout/entropy"),
+        entropy=told.get("rollout/entropy"),
+        turns=isinstance(collector, EpisodeCollector),
+        out_of_room=told.get("rollout/out_of_room_fraction", 0.0),
     )
 
 
@@ -138,7 +155,7 @@ def _score_again(learner: Learner, rollout: Rollout, rows: int, *, tokens: int) 
     return first, not torch.equal(first, second)
 
 
-def _end_log_prob(rollout: Rollout, collector: PromptCollector, *, rows: int) -> float | None:
+def _end_log_prob(rollout: Rollout, collector: PromptCollector | EpisodeCollector, *, rows: int) -> float | None:
     """Greatest log-prob of an end token in the place of the first or the last action; None outside the vocabulary."""
     policy = collector.policy
     known = policy.model.config.get_text_config().vocab_size  # pyright: ignore[reportAttributeAccessIssue]
