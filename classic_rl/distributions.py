@@ -7,7 +7,7 @@ for the update; NumPy methods draw them during collection, from noise that is dr
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -70,6 +70,27 @@ class Categorical(nn.Module):
         log_probs = all_log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         entropy = -(all_log_probs.exp() * all_log_probs).sum(dim=-1)
         return log_probs, entropy
+
+    def score(self, parameters: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[Any, ...]]:
+        """Return log-probs [N] and entropy [N] of logits [N, n] and actions [N], and what `slope` needs."""
+        all_log_probs = torch.log_softmax(torch.from_numpy(parameters), dim=-1).numpy()
+        probabilities = np.exp(all_log_probs)
+        taken = np.arange(0, all_log_probs.size, self.num_outputs) + actions
+        entropy = -np.einsum("ij,ij->i", probabilities, all_log_probs)
+        return all_log_probs.ravel().take(taken), entropy, (all_log_probs, probabilities, taken, entropy)
+
+    def slope(
+        self, scores: tuple[Any, ...], of_log_probs: np.ndarray | None, of_entropy: np.ndarray | None
+    ) -> tuple[np.ndarray, None]:
+        """Return the gradient of the logits: dlog p_a / dz_j = [j = a] - p_j, dH / dz_j = -p_j (log p_j + H)."""
+        all_log_probs, probabilities, taken, entropy = scores
+        gradient = np.zeros_like(probabilities)
+        if of_log_probs is not None:
+            np.multiply(probabilities, -of_log_probs[:, None], out=gradient)
+            gradient.ravel()[taken] += of_log_probs
+        if of_entropy is not None:
+            gradient -= of_entropy[:, None] * probabilities * (all_log_probs + entropy[:, None])
+        return gradient, None
 
     def noise(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Gumbel noise [..., n]: argmax(z + g) is a draw from softmax(z) (Gumbel 1954), two NumPy calls a step."""
@@ -173,6 +194,31 @@ class DiagonalGaussian(BoxDistribution):
         log_probs = -0.5 * scaled.square().sum(dim=-1) - (log_std_sum + self.num_outputs * HALF_LOG_TWO_PI)
         entropy = (log_std_sum + self.num_outputs * (0.5 + HALF_LOG_TWO_PI)).expand(log_probs.shape)
         return log_probs, entropy
+
+    def score(self, parameters: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[Any, ...]]:
+        """Return log-probs [N] and entropy [N] of means [N, A] and actions [N, A], and what `slope` needs."""
+        log_std = self.log_std.detach().numpy()
+        precision = np.exp(-log_std)
+        scaled = (actions - parameters) * precision
+        squares, log_std_sum = scaled * scaled, float(log_std.sum())
+        log_probs = -0.5 * squares.sum(axis=-1) - np.float32(log_std_sum + self.num_outputs * HALF_LOG_TWO_PI)
+        entropy = np.full(len(scaled), log_std_sum + self.num_outputs * (0.5 + HALF_LOG_TWO_PI), dtype=np.float32)
+        return log_probs, entropy, (scaled, squares, precision)
+
+    def slope(
+        self, scores: tuple[Any, ...], of_log_probs: np.ndarray | None, of_entropy: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients of the means and of the log standard deviations.
+
+        d log p / d mu = scaled / sigma, d log p / d log sigma = scaled^2 - 1, d H / d log sigma = 1.
+        """
+        scaled, squares, precision = scores
+        of_mean, of_log_std = np.zeros_like(scaled), np.zeros(self.num_outputs, dtype=np.float32)
+        if of_log_probs is not None:
+            np.multiply(scaled, of_log_probs[:, None], out=of_mean)
+            of_mean *= precision
+            of_log_std = of_log_probs.dot(squares) - of_log_probs.sum()
+        return of_mean, of_log_std if of_entropy is None else of_log_std + of_entropy.sum()
 
     def noise(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normals."""

@@ -122,27 +122,63 @@ class _NumpyKernel(torch.autograd.Function):
     ) -> Tensor:
         """Map [N, inputs] to [N, outputs (+ features)]; `parameters` are weight, bias, weight, bias, ..."""
         arrays = [parameter.detach().numpy() for parameter in parameters]
-        weights, biases = arrays[::2], arrays[1::2]
-        hidden = [x.numpy()]
-        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-            hidden.append(_activated(_affine(hidden[-1], weight, bias), activation))
-        ctx.activation, ctx.hidden, ctx.weights = activation, hidden, weights
-        outputs = _affine(hidden[-1], weights[-1], biases[-1])
+        outputs, hidden = layers_forward(x.numpy(), arrays[::2], arrays[1::2], activation)
+        ctx.activation, ctx.hidden, ctx.weights = activation, hidden, arrays[::2]
         return torch.from_numpy(np.concatenate([outputs, hidden[-1]], axis=1) if with_features else outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """dW_i = g_i^T h_{i-1}, db_i = sum of g_i, g_{i-1} = (g_i W_i) f'; tanh' = 1 - h^2, relu' = [h > 0]."""
-        gradients: list[Tensor | None] = []
+        """The gradients of the parameters, in their order."""
         g = gradient.numpy()[:, : len(ctx.weights[-1])]  # features carry none
-        for index in reversed(range(len(ctx.weights))):
-            below = ctx.hidden[index]
-            gradients += [torch.from_numpy(g.sum(axis=0)), torch.from_numpy(g.T.dot(below))]
-            if index:
-                g = g.dot(ctx.weights[index])
-                g *= 1 - below * below if ctx.activation == "tanh" else below > 0
-        return None, None, None, *reversed(gradients)
+        weights = [np.empty(weight.shape, dtype=np.float32) for weight in ctx.weights]
+        biases = [np.empty(len(weight), dtype=np.float32) for weight in ctx.weights]
+        layers_backward(g, ctx.hidden, ctx.weights, ctx.activation, weight_gradients=weights, bias_gradients=biases)
+        pairs = (torch.from_numpy(array) for pair in zip(weights, biases, strict=True) for array in pair)
+        return None, None, None, *pairs
+
+
+def layers_forward(
+    x: np.ndarray, weights: Sequence[np.ndarray], biases: Sequence[np.ndarray], activation: Activation
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Map [N, inputs] to outputs [N, outputs], and the inputs of every layer, which `layers_backward` needs."""
+    hidden = [x]
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        hidden.append(_activated(_affine(hidden[-1], weight, bias), activation))
+    return _affine(hidden[-1], weights[-1], biases[-1]), hidden
+
+
+def layers_backward(
+    g: np.ndarray,
+    hidden: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray],
+    activation: Activation,
+    *,
+    weight_gradients: Sequence[np.ndarray],
+    bias_gradients: Sequence[np.ndarray],
+) -> None:
+    """Write dW_i = g_i^T h_{i-1}, db_i = sum of g_i, g_{i-1} = (g_i W_i) f'; tanh' = 1 - h^2, relu' = [h > 0].
+
+    Args:
+        g: [N, outputs], the gradient of the outputs.
+        hidden: The inputs of every layer.
+        weights: Of every layer, [outputs, inputs].
+        activation: f.
+        weight_gradients: Written.
+        bias_gradients: Written.
+    """
+    for index in reversed(range(len(weights))):
+        below = hidden[index]
+        np.add.reduce(g, axis=0, out=bias_gradients[index])
+        np.dot(g.T, below, out=weight_gradients[index])
+        if index:
+            g = g.dot(weights[index])
+            if activation == "tanh":
+                slope = below * below
+                np.subtract(1, slope, out=slope)
+                g *= slope
+            else:
+                g *= below > 0
 
 
 def _affine(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:

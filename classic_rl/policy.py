@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from classic_rl.distributions import MASKED, make_distribution
 from classic_rl.encoders import make_encoder
+from classic_rl.fused_policy import FusedPolicy, suits_fusion
 from classic_rl.networks import MLP, NetworkConfig
 from classic_rl.spaces import observation_size
 from classic_rl.state_dependent_exploration import StateDependentGaussian
 from rlhf.core.types import PolicyOutput
 from rlhf.errors import ConfigError
+from rlhf.training.optimizer import FlatParameters
 
 
 class ActorCritic(nn.Module):
@@ -58,6 +60,15 @@ class ActorCritic(nn.Module):
             outputs, with_features = self.distribution.num_outputs, exploration is not None
             self.actor = MLP([*sizes, outputs], output_gain=0.01, with_features=with_features, **settings)
             self.critic = MLP([*sizes, 1], output_gain=1.0, **settings) if critic else None
+        self.fused: FusedPolicy | None = None
+
+    def attach_flat(self, flat: FlatParameters) -> None:
+        """Compute forward and backward as one operation from now on, where that is possible (`FusedPolicy`).
+
+        Args:
+            flat: Of the parameters; their gradient then arrives in it as a whole.
+        """
+        self.fused = FusedPolicy(self, flat) if suits_fusion(self, flat) else None
 
     @property
     def needs_rows(self) -> bool:
@@ -83,6 +94,8 @@ class ActorCritic(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor], actions: Tensor) -> PolicyOutput:
         """Score actions [B, T, ...] taken at `inputs["observations"]` [B, T, D]; outputs [B, T]."""
+        if self.fused is not None and "action_masks" not in inputs and self.fused.fits(inputs["observations"]):
+            return self.fused(inputs["observations"], actions)
         features = self.features(inputs)
         outputs = self.outputs(inputs, features=features)
         log_probs, entropy = self.distribution.log_probs_and_entropy(outputs, actions)

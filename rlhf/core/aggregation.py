@@ -17,12 +17,14 @@ from rlhf.core.masking import masked_mean, masked_sum
 from rlhf.errors import ConfigError
 
 
-def aggregate(losses: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], aggregation: Aggregation) -> Float[Tensor, ""]:
+def aggregate(
+    losses: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None, aggregation: Aggregation
+) -> Float[Tensor, ""]:
     """The numerator: a sum of what these rows contribute.
 
     Args:
         losses: Loss of each action.
-        mask: True where the action was the policy's own.
+        mask: True where the action was the policy's own; None where every action was.
         aggregation: What a row, and an action, weighs.
 
     Returns:
@@ -33,7 +35,7 @@ def aggregate(losses: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], aggregati
     """
     match aggregation:
         case SequenceMean():
-            return masked_mean(losses, mask, dim=1).sum()
+            return (losses.sum(dim=1) / losses.shape[1] if mask is None else masked_mean(losses, mask, dim=1)).sum()
         case TokenMean() | SequenceSum() | FixedLength():
             return masked_sum(losses, mask)
         case _:

@@ -92,7 +92,7 @@ def standardize_advantages(experience: Experience, *, reduce: Reduce = identity)
         experience: A whole minibatch or rollout, before it is cut into microbatches.
         reduce: Sums a tensor over all processes.
     """
-    return replace(experience, advantages=standardize(experience.advantages, experience.action_mask, reduce=reduce))
+    return replace(experience, advantages=standardize(experience.advantages, experience.counted, reduce=reduce))
 
 
 def _blank_masked(rollout: Rollout) -> Rollout:

@@ -27,7 +27,7 @@ from rlhf.core.algorithm import (
 )
 from rlhf.core.corrections import off_policy_rows
 from rlhf.core.kl import kl_estimate
-from rlhf.core.masking import masked_sum
+from rlhf.core.masking import blank, masked_sum
 from rlhf.core.ratios import importance_ratio
 from rlhf.core.types import Experience, PolicyOutput, present
 from rlhf.core.values import clipped_value_loss, squared_value_loss
@@ -114,9 +114,10 @@ class Objective:
             ConfigError: The algorithm trains a critic that the policy lacks.
         """
         _check_shapes(output, experience)
-        mask, old_log_probs = experience.action_mask, experience.old_log_probs
+        mask, old_log_probs = experience.counted, experience.old_log_probs
         experience = self._clip_advantages(experience)
-        ratio = importance_ratio(output.log_probs, old_log_probs, mask, level=self.algorithm.ratio)
+        ratio_mask = mask if self.algorithm.ratio == "token" else experience.action_mask
+        ratio = importance_ratio(output.log_probs, old_log_probs, ratio_mask, level=self.algorithm.ratio)
         gain = self._gain(ratio, output.log_probs, experience, clip_scale)
         if experience.weights is not None:
             gain = gain * experience.weights
@@ -185,7 +186,7 @@ class Objective:
         kl = self.algorithm.kl
         assert isinstance(kl, KlInLoss)
         # Log-probs of masked tokens may lie so far from 0 that exp overflows, and 0 * inf is NaN in the gradient.
-        log_probs = torch.where(experience.action_mask, log_probs, 0.0)
+        log_probs = blank(log_probs, experience.counted)
         if kl.against == "old_policy":
             # The actions were drawn from the old policy, so it takes the place of pi in the estimator.
             return kl_estimate(experience.old_log_probs, log_probs, estimator=kl.estimator)
@@ -193,7 +194,7 @@ class Objective:
             log_probs, present(experience.ref_log_probs), estimator=kl.estimator, old_log_probs=experience.old_log_probs
         )
 
-    def _value_sum(self, value_losses: Tensor, mask: Tensor) -> Tensor:
+    def _value_sum(self, value_losses: Tensor, mask: Tensor | None) -> Tensor:
         assert self.algorithm.value_loss is not None
         return self.algorithm.value_loss.coefficient * masked_sum(value_losses, mask)
 
@@ -246,7 +247,9 @@ class Objective:
             columns.append(value_losses)
         if dropped is not None:
             columns.append(dropped.to(ratio.dtype))
-        return torch.where(experience.action_mask, torch.stack(columns), 0.0).sum(dim=(1, 2))
+        stacked = torch.stack(columns)
+        kept = stacked if experience.complete else torch.where(experience.action_mask, stacked, 0.0)
+        return kept.sum(dim=(1, 2))
 
     def _is_clipped(self, ratio: Tensor, log_probs: Tensor, experience: Experience, clip_scale: float) -> Tensor:
         """1 where clipping takes the gradient away (or, for CISPO, caps the weight), else 0."""

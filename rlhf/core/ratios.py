@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf.core.masking import masked_mean, masked_sum
+from rlhf.core.masking import blank, masked_mean, masked_sum
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before exp, so that no ratio overflows float32; e^20 is far beyond any clip range."""
@@ -19,7 +19,7 @@ RatioLevel = Literal["token", "sequence_geometric_mean", "sequence_geometric_mea
 def importance_ratio(
     log_probs: Float[Tensor, "B T"],
     old_log_probs: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"] | None,
     *,
     level: RatioLevel = "token",
 ) -> Float[Tensor, "B T"]:
@@ -36,7 +36,7 @@ def importance_ratio(
     Args:
         log_probs: Under the policy being trained.
         old_log_probs: Under the policy that collected.
-        mask: True where the action was the policy's own.
+        mask: True where the action was the policy's own; at token level None where every action was.
         level: What one ratio belongs to.
 
     Returns:
@@ -49,10 +49,11 @@ def importance_ratio(
     >>> importance_ratio(log_probs, old, torch.ones(1, 2, dtype=torch.bool), level="sequence_product")
     tensor([[1., 1.]])
     """
-    log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0)
+    log_ratio = blank(log_probs - old_log_probs, mask)
+    if level == "token":
+        return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    assert mask is not None, "a row's ratio is a mean or a sum over its mask"
     match level:
-        case "token":
-            pass
         case "sequence_geometric_mean":
             log_ratio = masked_mean(log_ratio, mask, dim=1).unsqueeze(1).expand_as(log_ratio)
         case "sequence_geometric_mean_token":

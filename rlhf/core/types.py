@@ -102,6 +102,8 @@ class Experience:
     """[B, T] detached factors of the surrogate (a correction for the generation engine, discount^t), or None."""
     behaviour_log_probs: Tensor | None = None
     """[B, T] log-probs under what drew the actions, where rows that have drifted too far from it are left out."""
+    complete: bool = False
+    """True where it is known that every action counts: nothing has to be masked then, which saves operations."""
 
     def __post_init__(self) -> None:
         _check_rows(self)
@@ -123,7 +125,13 @@ class Experience:
         Only for policies whose every input has a time axis [B, T, ...], such as feed-forward gym policies.
         """
         kept = self.action_mask.reshape(-1).nonzero().squeeze(1)
-        return self._map(lambda tensor: tensor.flatten(0, 1)[kept].unsqueeze(1))
+        flat = self._map(lambda tensor: tensor.flatten(0, 1)[kept].unsqueeze(1))
+        return replace(flat, complete=True)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """The action mask; None where every action is known to count."""
+        return None if self.complete else self.action_mask
 
     def _map(self, transform) -> Self:
         changes: dict[str, Any] = {}

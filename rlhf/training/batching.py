@@ -232,7 +232,7 @@ def clear_masked(experience: Experience) -> Experience:
     """Put 0 where actions are masked: an inf left there by a collector would give 0 x inf in the gradient."""
     mask = experience.action_mask
     if bool(mask.all()):
-        return experience
+        return replace(experience, complete=True)
     cleared = {
         name: torch.where(mask, value, 0.0)
         for name, value in vars(experience).items()
@@ -259,4 +259,4 @@ def rows_between(experience: Experience, start: int, stop: int) -> Experience:
 def masked_filler(experience: Experience, *, row: int = 0) -> Experience:
     """Return one row with every action masked: it costs a forward and contributes exactly nothing."""
     filler = experience.select(torch.tensor([row], device=experience.actions.device))
-    return replace(filler, action_mask=torch.zeros_like(filler.action_mask))
+    return replace(filler, action_mask=torch.zeros_like(filler.action_mask), complete=False)

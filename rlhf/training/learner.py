@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from rlhf.core.algorithm import AlgorithmConfig, FixedKl, KlInLoss
 from rlhf.core.entropy import EntropyCoefficient
 from rlhf.core.estimate import standardize_advantages
-from rlhf.core.masking import masked_sum
+from rlhf.core.masking import Reduce, masked_sum, standardize
 from rlhf.core.objective import LossSums, Objective, SurrogateFunction
 from rlhf.core.types import Experience, PolicyOutput
 from rlhf.training import schedules
@@ -176,14 +177,14 @@ class Learner:
             experience = standardize_advantages(experience, reduce=self.reduce)
         for epoch, plan in enumerate(self._plan(experience, shard)):
             rows = experience if plan.order is None else experience.select(plan.order.to(experience.actions.device))
+            if self._standardizes and minibatches > 1:
+                rows = _standardized(rows, plan, reduce=self.reduce)
             tally.start_epoch()
             for index, minibatch in enumerate(plan.minibatches):
                 if minibatch.actions == 0:
                     tally.skip()  # nothing to learn from, yet Adam's momentum would move the weights
                     continue
                 own = rows_between(rows, minibatch.start, minibatch.stop)
-                if self._standardizes and minibatches > 1:
-                    own = standardize_advantages(own, reduce=self.reduce)
                 sums = self._backward(own, minibatch, filler_from=rows, kl_coef=kl_coef, clip_scale=clip_scale)
                 measured = self._measure(sums)
                 norm = self._optimizer.gradient_norm()
@@ -335,6 +336,20 @@ class Learner:
 
 def _on_device(experience: Experience, device: torch.device) -> Experience:
     return experience if experience.actions.device == device else experience.to(device)
+
+
+def _standardized(rows: Experience, plan: Epoch, *, reduce: Reduce) -> Experience:
+    """Standardize the advantages of every minibatch by itself."""
+    counted = rows.counted
+    parts = [
+        standardize(
+            rows.advantages[minibatch.start : minibatch.stop],
+            None if counted is None else counted[minibatch.start : minibatch.stop],
+            reduce=reduce,
+        )
+        for minibatch in plan.minibatches
+    ]
+    return replace(rows, advantages=torch.cat(parts))
 
 
 def _microbatches(own: Experience, minibatch: Minibatch, filler_from: Experience) -> Iterator[tuple[Experience, bool]]:

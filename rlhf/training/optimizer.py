@@ -39,6 +39,7 @@ class FlatParameters:
     Attributes:
         parameter: The flat parameter.
         gradient: Its gradient.
+        named: The parameters under their names, in the order of their places.
     """
 
     def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -55,21 +56,19 @@ class FlatParameters:
                 got=", ".join(sorted(str(kind) for kind in kinds)) or "no trainable parameter",
                 remedy="Set update.flatten_parameters=false.",
             )
-        self._named = list(named_parameters)
-        flat = torch.cat([parameter.detach().reshape(-1) for _, parameter in self._named])
+        self.named = list(named_parameters)
+        flat = torch.cat([parameter.detach().reshape(-1) for _, parameter in self.named])
         self.parameter = nn.Parameter(flat)
         self.gradient = self.parameter.grad = torch.zeros_like(flat)
-        for (_, parameter), data, gradient in zip(
-            self._named, self.split(flat), self.split(self.gradient), strict=True
-        ):
+        for (_, parameter), data, gradient in zip(self.named, self.split(flat), self.split(self.gradient), strict=True):
             parameter.data = data
             parameter.grad = gradient
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return one view per parameter, in its shape."""
-        sizes = [parameter.numel() for _, parameter in self._named]
+        sizes = [parameter.numel() for _, parameter in self.named]
         pieces = flat.split(sizes)
-        return [piece.view(parameter.shape) for piece, (_, parameter) in zip(pieces, self._named, strict=True)]
+        return [piece.view(parameter.shape) for piece, (_, parameter) in zip(pieces, self.named, strict=True)]
 
     def require_connected(self) -> None:
         """Refuse to go on when someone moved a parameter elsewhere (`policy.to`, assigning `.data` or `.grad`).
@@ -79,7 +78,7 @@ class FlatParameters:
         """
         start, stop = _span(self.parameter)
         grad_start, grad_stop = _span(self.gradient)
-        for name, parameter in self._named:
+        for name, parameter in self.named:
             inside = start <= parameter.data_ptr() < stop or parameter.numel() == 0
             if not inside or parameter.grad is None or not grad_start <= parameter.grad.data_ptr() < grad_stop:
                 raise ModelError(
@@ -157,7 +156,10 @@ class PolicyOptimizer:
             scale = max_norm / (norm + 1e-6)
             if scale < 1.0:
                 torch._foreach_mul_(self.gradients(), scale)  # pyright: ignore[reportPrivateImportUsage]
-        self._optimizer.step()
+        if self.flat is None:
+            self._optimizer.step()
+        else:
+            step_alone(self._optimizer, self.flat.parameter)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return {parameter name: {moment: tensor}}; a collective call where parameters are sharded."""
@@ -203,6 +205,32 @@ class PolicyOptimizer:
             joined = pieces[0] if key == "step" else torch.cat([piece.reshape(-1) for piece in pieces])
             state[key] = _placed(joined, parameter, key)
         return state
+
+
+@torch.no_grad()
+def step_alone(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """`optimizer.step()` for an optimizer of one parameter, without what torch does around Adam's one operation.
+
+    Hooks, profiling and grouping by device take several times as long as the fused step of a small network.
+    """
+    group, state = optimizer.param_groups[0], optimizer.state.get(parameter)
+    kernel = _FUSED.get(type(optimizer))
+    # The first step makes the state.
+    if kernel is None or not state or not group["fused"] or parameter.grad is None or parameter.device.type != "cpu":
+        optimizer.step()
+        return
+    state["step"] += 1
+    kernel(
+        [parameter], [parameter.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+        lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
+        eps=group["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+_FUSED = {
+    torch.optim.Adam: torch._fused_adam_,  # pyright: ignore[reportPrivateImportUsage]
+    torch.optim.AdamW: torch._fused_adamw_,  # pyright: ignore[reportPrivateImportUsage]
+}
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ def prepare_policy(
         model = accelerator.prepare_model(policy, evaluation_mode=True)  # device and autocast; no DDP: one all-reduce
         named = _trainable(policy)
         flat = FlatParameters(named)
+        if hasattr(policy, "attach_flat"):
+            policy.attach_flat(flat)  # type: ignore[operator]
         if accelerator.num_processes > 1:
             for tensor in (flat.parameter.data, *policy.buffers()):
                 dist.broadcast(tensor, src=0)

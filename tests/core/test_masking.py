@@ -67,8 +67,18 @@ def test_a_large_common_mean_costs_no_precision():
 @pytest.mark.parametrize("count", [3, 1000, 4097])
 def test_equal_entries_become_zero_whatever_the_rounding(value, count):
     # The mean of equal floats may miss them by one unit in the last place; that error must not be scaled up to 1.
-    result = standardize(torch.full((count,), value), torch.ones(count, dtype=torch.bool))
-    assert result.abs().max().item() <= 2e-3
+    for mask in (torch.ones(count, dtype=torch.bool), None):
+        assert standardize(torch.full((count,), value), mask).abs().max().item() <= 2e-3
+
+
+@pytest.mark.parametrize("keep_mean", [False, True])
+def test_no_mask_is_a_mask_of_ones(keep_mean):
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 5
+    everything = torch.ones(7, 3, dtype=torch.bool)
+    assert torch.equal(masked_sum(x, None), masked_sum(x, everything))
+    assert torch.allclose(
+        standardize(x, None, keep_mean=keep_mean), standardize(x, everything, keep_mean=keep_mean), rtol=1e-12
+    )
 
 
 @settings(max_examples=25, deadline=None)

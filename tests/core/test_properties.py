@@ -101,6 +101,25 @@ def test_padding_changes_nothing(name, seed, left, right, garbage, make_batch, p
 
 
 @every_preset
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_leaving_the_mask_out_where_every_action_counts_changes_nothing(name, seed, make_batch):
+    algorithm = PRESETS[name]
+    batch = make_batch(seed, steps=5)
+    rollout = replace(batch.rollout, action_mask=torch.ones_like(batch.rollout.action_mask))
+    experience = credited(rollout, algorithm)
+    objective, results = Objective(algorithm), []
+    for one in (experience, replace(experience, complete=True)):
+        logits, values = batch.parameters()
+        sums = objective(batch.output(logits, values), one, kl_coef=KL_COEF)
+        loss = objective.loss(sums, objective.denominators(one.action_mask))
+        gradients = torch.autograd.grad(loss, (logits, values), allow_unused=True)
+        results.append([loss, sums.metrics, *(g for g in gradients if g is not None)])
+    for masked, unmasked in zip(*results, strict=True):
+        assert torch.equal(masked, unmasked)
+
+
+@every_preset
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_garbage_between_the_actions_leaks_nowhere(name, seed, make_batch):

@@ -20,6 +20,7 @@ from torch import nn
 from rlhf.core.presets import ALGORITHMS
 from rlhf.errors import ConfigError, ModelError, TrainingError
 from rlhf.training.learner import Learner
+from rlhf.training.optimizer import step_alone
 from rlhf.training.update_config import UpdateConfig
 
 
@@ -406,3 +407,20 @@ def test_frozen_parameters_are_not_stored_but_recognised():
     assert_same(weights(first.policy), weights(same.policy), rtol=0, atol=0)
     with pytest.raises(ConfigError, match=r"another policy; got 'actor.0.bias, actor.0.weight'"):
         learner(1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_step_without_torch_s_bookkeeping_is_the_same_step(kind):
+    settings = {"lr": 1e-2, "weight_decay": 0.1} | ({} if kind is torch.optim.RMSprop else {"fused": True})
+    parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2)]
+    ordinary, alone = (kind([parameter], **settings) for parameter in parameters)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        gradient = torch.randn(50, generator=generator)
+        for parameter in parameters:
+            parameter.grad = gradient.clone()
+        ordinary.step()
+        step_alone(alone, parameters[1])
+    assert torch.equal(*parameters)
+    for key, value in ordinary.state[parameters[0]].items():
+        assert torch.equal(value, alone.state[parameters[1]][key]), key
