@@ -18,6 +18,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from pydantic import Field, field_validator, model_validator
 
 from classic_rl.distributions import make_distribution
+from classic_rl.envpool_backend import ENVPOOL_ONLY, EnvpoolEnvironments
 from classic_rl.randomization import DomainRandomization, RandomizationConfig
 from classic_rl.spaces import flatten_observations, is_image, observation_size
 from rlhf.config import Config
@@ -33,10 +34,11 @@ class EnvironmentConfig(Config):
     """Environments stepped together, over all processes."""
     kwargs: dict[str, Any] = {}
     """Passed to the environment; `render_mode` is refused (it slows some environments two to three times)."""
-    vectorization: Literal["auto", "vector_entry_point", "sync", "async"] = "auto"
+    vectorization: Literal["auto", "vector_entry_point", "sync", "async", "envpool"] = "auto"
     """auto takes the environment's own vector form where it has one (CartPole), one loop in this process otherwise. The
     vector form draws all initial states from one generator: several processes start other episodes than one process
-    does. With sync every environment has its own seed, and any number of processes gives the same run."""
+    does. With sync every environment has its own seed, and any number of processes gives the same run. envpool takes
+    EnvPool's C++ environments (extra `envpool`): it pays for Box2D, Atari and for 16 environments or more."""
     randomization: RandomizationConfig | None = None
     """Physics, noise and delay drawn per episode; the environments are then stepped one by one (sync or async)."""
     normalize_observations: bool = False
@@ -50,8 +52,10 @@ class EnvironmentConfig(Config):
 
     @model_validator(mode="after")
     def _randomize_one_by_one(self) -> Self:
-        if self.randomization is not None and self.vectorization == "vector_entry_point":
-            raise ValueError("an environment's own vector form cannot be randomized; set vectorization to sync")
+        if self.randomization is not None and self.vectorization in ("vector_entry_point", "envpool"):
+            raise ValueError(
+                "environments in a vector form of their own cannot be randomized; set vectorization to sync"
+            )
         return self
 
     @field_validator("kwargs")
@@ -76,14 +80,51 @@ def make_environments(config: EnvironmentConfig, *, num_envs: int | None = None,
     Raises:
         ConfigError: Unknown or outdated id, a missing extra, bad kwargs, another autoreset, an unsupported space.
     """
+    environments = _make(config, num_envs or config.num_envs)
+    mode = environments.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.NEXT_STEP:
+        raise ConfigError(
+            "the vector environment does not reset on the next step",
+            where="environment.id",
+            got=str(mode),
+            expected="AutoresetMode.NEXT_STEP, gymnasium's default",
+            remedy="Set environment.vectorization to sync.",
+        )
+    if not (images and is_image(environments.single_observation_space)):
+        observation_size(environments.single_observation_space)
+    make_distribution(environments.single_action_space)
+    return environments
+
+
+def make_rendering(config: EnvironmentConfig) -> VectorEnv | None:
+    """Make one environment that draws, `render_mode="rgb_array"`, for films; None where there is no such mode.
+
+    Raises:
+        ConfigError: As `make_environments`.
+    """
+    kwargs = {name: value for name, value in config.kwargs.items() if name not in ENVPOOL_ONLY}
+    single = config.model_copy(update={"vectorization": "sync", "kwargs": kwargs})
+    probe = _make(single, 1)
+    probe.close()
+    if "rgb_array" not in probe.envs[0].metadata.get("render_modes", []):
+        return None
+    return _make(single, 1, render_mode="rgb_array")
+
+
+def _make(config: EnvironmentConfig, num_envs: int, *, render_mode: str | None = None) -> VectorEnv:
+    """Make it through gymnasium or EnvPool, with what goes wrong told in our words."""
     where = "environment.id"
+    rendering = {} if render_mode is None else {"render_mode": render_mode}
     try:
-        environments = gymnasium.make_vec(
+        if config.vectorization == "envpool":
+            return EnvpoolEnvironments(config.id, num_envs=num_envs, kwargs=config.kwargs)
+        return gymnasium.make_vec(
             config.id,
-            num_envs=num_envs or config.num_envs,
+            num_envs=num_envs,
             vectorization_mode=_vectorization(config),
             wrappers=_wrappers(config),
             **config.kwargs,
+            **rendering,
         )
     except ConfigError:
         raise
@@ -97,19 +138,6 @@ def make_environments(config: EnvironmentConfig, *, num_envs: int | None = None,
         raise ConfigError(
             f"the environment cannot be made: {error}", where="environment", got=f"{config.id} with {config.kwargs}"
         ) from error
-    mode = environments.metadata.get("autoreset_mode")
-    if mode != AutoresetMode.NEXT_STEP:
-        raise ConfigError(
-            "the vector environment does not reset on the next step",
-            where=where,
-            got=str(mode),
-            expected="AutoresetMode.NEXT_STEP, gymnasium's default",
-            remedy="Set environment.vectorization to sync.",
-        )
-    if not (images and is_image(environments.single_observation_space)):
-        observation_size(environments.single_observation_space)
-    make_distribution(environments.single_action_space)
-    return environments
 
 
 def _vectorization(config: EnvironmentConfig) -> str | None:
@@ -169,7 +197,7 @@ def start_with_seeds(environments: VectorEnv, seeds: Sequence[int]) -> tuple[Any
         ConfigError: The environment's own vector form keeps its state elsewhere.
     """
     match environments.unwrapped:
-        case SyncVectorEnv() | AsyncVectorEnv():
+        case SyncVectorEnv() | AsyncVectorEnv() | EnvpoolEnvironments():
             return environments.reset(seed=[int(seed) for seed in seeds])
         case CartPoleVectorEnv() as cart_poles:
             columns = {}

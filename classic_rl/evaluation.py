@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from gymnasium.vector import VectorEnv
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from classic_rl.acting import Forward
+from classic_rl.collector import Steps
 from classic_rl.environments import EnvironmentConfig, episode_limit, make_environments
 from classic_rl.episodes import play_episodes
 from classic_rl.normalization import ObservationNormalizer
 from classic_rl.off_policy import action_masks_of, observation_array, start
 from classic_rl.policy import ActorCritic
+from classic_rl.video import filmed, next_files, require_package
 from rlhf.config import Config
 from rlhf.errors import ConfigError
 
@@ -29,6 +32,16 @@ class EvaluationConfig(Config):
     """First reset seed; far from the training seeds."""
     max_steps: int | None = Field(None, ge=1)
     """Cuts longer episodes; None leaves it to the environment's own limit."""
+    video: int = Field(0, ge=0)
+    """Further episodes per evaluation that are filmed, as MP4 files in `<run directory>/videos` (extra `video`). They
+    are played in an environment of their own; training environments never draw."""
+
+    @field_validator("video")
+    @classmethod
+    def _require_package(cls, video: int) -> int:
+        if video:
+            require_package()
+        return video
 
 
 def evaluate(
@@ -37,14 +50,16 @@ def evaluate(
     config: EvaluationConfig | None = None,
     *,
     normalizer: ObservationNormalizer | None = None,
+    videos: Path | None = None,
 ) -> dict[str, float]:
-    """Play `episodes` episodes with raw rewards.
+    """Play `episodes` episodes with raw rewards, and film `video` ones.
 
     Args:
         policy: What is judged; its parameters are only read.
         environment: The training environment's config; reward normalization does not apply.
         config: How.
         normalizer: The training run's, which is read and not updated.
+        videos: Folder of the films; None films nothing.
 
     Returns:
         return_mean, return_std (population), return_min, return_max, length_mean.
@@ -55,11 +70,12 @@ def evaluate(
     config = config or EvaluationConfig()
     environments = make_environments(environment, num_envs=config.episodes, images=True)
     try:
-        limit = _require_limit(environments, config)
-        seeds, actor = range(config.seed, config.seed + config.episodes), _Actor(policy, config)
-        steps = play_episodes(environments, seeds, actor, actor.forward, max_steps=limit, normalized=normalizer)
+        steps = _play(policy, environments, config, normalizer=normalizer)
     finally:
         environments.close()
+    for file, judged in _films(config, videos):
+        with filmed(environment, file) as stage:
+            _play(policy, stage, judged, normalizer=normalizer)
     returns = steps.rewards.sum(axis=1, dtype=np.float64)
     return {
         "return_mean": float(returns.mean()),
@@ -68,6 +84,23 @@ def evaluate(
         "return_max": float(returns.max()),
         "length_mean": float(steps.mask.sum(axis=1).mean()),
     }
+
+
+def _play(
+    policy: ActorCritic, environments: VectorEnv, config: EvaluationConfig, *, normalizer: ObservationNormalizer | None
+) -> Steps:
+    """Play one episode in every environment."""
+    limit, actor = _require_limit(environments, config), _Actor(policy, config)
+    seeds = range(config.seed, config.seed + environments.num_envs)
+    return play_episodes(environments, seeds, actor, actor.forward, max_steps=limit, normalized=normalizer)
+
+
+def _films(config: EvaluationConfig, folder: Path | None) -> list[tuple[Path, EvaluationConfig]]:
+    """The files to film, each with a config whose seed is its episode's own."""
+    if folder is None or not config.video:
+        return []
+    files = next_files(folder, config.video)
+    return [(file, config.model_copy(update={"seed": config.seed + index})) for index, file in enumerate(files)]
 
 
 def _require_limit(environments: VectorEnv, config: EvaluationConfig) -> int:
@@ -94,7 +127,11 @@ class Actor(Protocol):
 
 
 def evaluate_agent(
-    agent: Actor, environment: EnvironmentConfig, config: EvaluationConfig | None = None
+    agent: Actor,
+    environment: EnvironmentConfig,
+    config: EvaluationConfig | None = None,
+    *,
+    videos: Path | None = None,
 ) -> dict[str, float]:
     """Play `episodes` greedy episodes of an off-policy agent with raw rewards; images and action masks are understood.
 
@@ -102,6 +139,7 @@ def evaluate_agent(
         agent: What is judged; it is not changed.
         environment: The training environment's config.
         config: How; such agents are judged by their deterministic actions.
+        videos: Folder of the films; None films nothing.
 
     Returns:
         As `evaluate`.
@@ -113,6 +151,9 @@ def evaluate_agent(
     if not config.deterministic:
         raise ConfigError("off-policy agents are judged by their greedy actions", where="evaluation.deterministic")
     returns, lengths = play_greedily(agent, environment, config)
+    for file, judged in _films(config, videos):
+        with filmed(environment, file) as stage:
+            _play_greedily(agent, stage, judged)
     return {
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),
@@ -128,20 +169,25 @@ def play_greedily(
     """Return the undiscounted returns [episodes] and lengths [episodes] of greedy episodes."""
     environments = make_environments(environment, num_envs=config.episodes, images=True)
     try:
-        limit = _require_limit(environments, config)
-        new, infos = start(environments, config.seed)
-        alive = np.ones(config.episodes, dtype=bool)
-        returns, lengths = np.zeros(config.episodes), np.zeros(config.episodes)
-        while alive.any() and lengths.max() < limit:
-            observations = observation_array(environments.single_observation_space, new)
-            masks: Any = action_masks_of(environments, infos)
-            actions = agent.greedy(observations, **({} if masks is None else {"action_masks": masks}))
-            new, rewards, terminated, truncated, infos = environments.step(agent.to_environment(actions))
-            returns += rewards * alive
-            lengths += alive
-            alive &= ~(terminated | truncated)
+        return _play_greedily(agent, environments, config)
     finally:
         environments.close()
+
+
+def _play_greedily(agent: Actor, environments: VectorEnv, config: EvaluationConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Play one episode in every environment."""
+    limit = _require_limit(environments, config)
+    new, infos = start(environments, config.seed)
+    alive = np.ones(environments.num_envs, dtype=bool)
+    returns, lengths = np.zeros(environments.num_envs), np.zeros(environments.num_envs)
+    while alive.any() and lengths.max() < limit:
+        observations = observation_array(environments.single_observation_space, new)
+        masks: Any = action_masks_of(environments, infos)
+        actions = agent.greedy(observations, **({} if masks is None else {"action_masks": masks}))
+        new, rewards, terminated, truncated, infos = environments.step(agent.to_environment(actions))
+        returns += rewards * alive
+        lengths += alive
+        alive &= ~(terminated | truncated)
     return returns, lengths
 
 

@@ -7,6 +7,7 @@ probability 0.1 and difficulty ramping are as the authors have them. The package
 
 from __future__ import annotations
 
+import colorsys
 from typing import Any
 
 import gymnasium
@@ -29,14 +30,23 @@ class MinAtarGame(gymnasium.Env[np.ndarray, int]):
         game: A value of `GAMES`.
         sticky_actions: Probability that the last action is repeated.
         difficulty_ramping: Whether games get faster.
+        render_mode: rgb_array draws each channel in a colour of its own; None in training.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: The package is missing.
     """
 
-    metadata = {"render_modes": []}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, game: str, *, sticky_actions: float = 0.1, difficulty_ramping: bool = True) -> None:
+    def __init__(
+        self,
+        game: str,
+        *,
+        sticky_actions: float = 0.1,
+        difficulty_ramping: bool = True,
+        render_mode: str | None = None,
+    ) -> None:
+        self.render_mode = render_mode
         try:
             from minatar import Environment
         except ImportError as error:
@@ -58,6 +68,15 @@ class MinAtarGame(gymnasium.Env[np.ndarray, int]):
         """Play one frame."""
         reward, terminated = self._game.act(self._actions[int(action)])
         return self._observe(), float(reward), bool(terminated), False, {}
+
+    def render(self) -> np.ndarray:
+        """Return the board as a picture [10, 10, 3] uint8; of several things in a cell, the last channel's is seen."""
+        state = self._observe()
+        top = state.shape[2] - 1 - state[:, :, ::-1].argmax(axis=2)
+        hues = [colorsys.hsv_to_rgb(channel / state.shape[2], 0.8, 1.0) for channel in range(state.shape[2])]
+        picture = (255 * np.array(hues)).astype(np.uint8)[top]
+        picture[~state.any(axis=2)] = 0
+        return picture
 
     def _observe(self) -> np.ndarray:
         return self._game.state().astype(np.uint8)

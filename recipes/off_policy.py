@@ -37,7 +37,7 @@ def main(config: OffPolicyConfig) -> dict[str, float]:
     run = Run(config.run, resolved=config, iterations=config.schedule.iterations, recipe="off_policy")
     kwargs = {**config.environment.kwargs, **config.evaluation_kwargs}
     judged = config.environment.model_copy(update={"kwargs": kwargs})
-    run.evaluate = lambda: evaluate_agent(agent, judged, config.evaluation)
+    run.evaluate = lambda: evaluate_agent(agent, judged, config.evaluation, videos=run.directory / "videos")
     metrics = learn_off_policy(agent, config.environment, config.schedule, run)
     save_agent(run.directory / "policy", agent)
     return metrics

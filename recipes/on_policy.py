@@ -60,7 +60,11 @@ def main(config: OnPolicyConfig) -> dict[str, float]:
     )
     run = Run(config.run, resolved=config, iterations=config.iterations, accelerator=accelerator, recipe="on_policy")
     run.evaluate = lambda: evaluate(
-        policy, config.environment, config.evaluation, normalizer=collector.observation_normalizer
+        policy,
+        config.environment,
+        config.evaluation,
+        normalizer=collector.observation_normalizer,
+        videos=run.directory / "videos" if accelerator.is_main_process else None,
     )
     metrics = optimize_policy(collector, learner, run)
     if accelerator.is_main_process:

@@ -66,7 +66,11 @@ def main(config: PolicyGradientConfig) -> dict[str, float]:
         config.run, resolved=config, iterations=config.iterations, accelerator=accelerator, recipe="policy_gradient"
     )
     run.evaluate = lambda: evaluate(
-        policy, config.environment, config.evaluation, normalizer=collector.observation_normalizer
+        policy,
+        config.environment,
+        config.evaluation,
+        normalizer=collector.observation_normalizer,
+        videos=run.directory / "videos" if accelerator.is_main_process else None,
     )
     metrics = learn_from_rollouts(collector, learner, run)
     if accelerator.is_main_process:

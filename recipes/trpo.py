@@ -49,7 +49,11 @@ def main(config: TrpoConfig) -> dict[str, float]:
     )
     run = Run(config.run, resolved=config, iterations=config.iterations, accelerator=accelerator, recipe="trpo")
     run.evaluate = lambda: evaluate(
-        policy, config.environment, config.evaluation, normalizer=collector.observation_normalizer
+        policy,
+        config.environment,
+        config.evaluation,
+        normalizer=collector.observation_normalizer,
+        videos=run.directory / "videos" if accelerator.is_main_process else None,
     )
     metrics = optimize_policy(collector, learner, run)
     if accelerator.is_main_process:

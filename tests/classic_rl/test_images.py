@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from torch.testing import assert_close
 
 from classic_rl.collector import CollectSteps
@@ -170,3 +171,41 @@ def test_ales_vector_environment_is_read(make):
     seen = rollout.inputs["observations"]
     assert torch.equal(seen[:, 1:, :3], seen[:, :-1, 1:])
     assert_close(policy(rollout.inputs, rollout.actions).log_probs, rollout.old_log_probs)
+
+
+def test_ales_vector_environment_cuts_and_resets_on_the_next_step(make):
+    # 40 frames, 4 a step: the tenth step is truncated, the eleventh only resets. V of the true last frames bootstraps.
+    pytest.importorskip("ale_py")
+    network = NetworkConfig(convolutions="nature", image_features=8, hidden_sizes=[])
+    settings = {"num_envs": 2, "vectorization": "vector_entry_point", "network": network}
+    _, collector = make(
+        "ale_py:ALE/Pong-v5", "ppo", CollectSteps(steps=13), kwargs={"max_num_frames_per_episode": 40}, **settings
+    )
+    assert collector.environments.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+    rollout = collector.collect()
+    assert rollout.action_mask[0].tolist() == [True] * 10 + [False] + [True] * 2
+    assert rollout.episode_ends[0].tolist() == [False] * 9 + [True] + [False] * 3
+    seen = rollout.inputs["observations"]
+    assert torch.equal(seen[:, 10, :3], seen[:, 9, 1:]), "the step that is cut shows its own last frame"
+    assert not torch.equal(seen[:, 11, :3], seen[:, 10, 1:]), "then a new episode begins"
+    assert_close(rollout.next_values[:, 9], rollout.values[:, 10])
+    assert rollout.next_values[:, 9].abs().min() > 0
+    assert rollout.metrics["rollout/length_mean"] == 10
+
+
+def test_a_lost_life_ends_a_row_and_not_the_game(make):
+    # ALE's `life_loss_info` is the usual episodic life: an end without a reset. (Its `episodic_life` begins a new game
+    # after every lost life, so that nobody learns what comes after the first.)
+    pytest.importorskip("ale_py")
+    network = NetworkConfig(convolutions="nature", image_features=8, hidden_sizes=[])
+    _, collector = make(
+        "ale_py:ALE/Breakout-v5", "ppo", CollectSteps(steps=90), num_envs=2, vectorization="vector_entry_point",
+        kwargs={"life_loss_info": True}, network=network,
+    )  # fmt: skip
+    rollout = collector.collect()
+    ends, seen = rollout.episode_ends[:, :-2], rollout.inputs["observations"]
+    assert ends.sum() >= 2
+    assert (rollout.next_values[:, :-2][ends] == 0).all(), "no value is bootstrapped over a lost life"
+    assert torch.equal(~rollout.action_mask[:, 1:-1], ends)
+    for row, step in ends.nonzero().tolist()[:2]:
+        assert torch.equal(seen[row, step + 2, :3], seen[row, step + 1, 1:]), "the game goes on"
