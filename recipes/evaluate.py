@@ -12,6 +12,7 @@ from rlhf.data.loading import load_demonstrations, load_prompts
 from rlhf.data.settings import DataConfig
 from rlhf.lm.actors import make_generator
 from rlhf.lm.evaluation import EvaluationConfig, Rows, answer_prompts, compare_rows, summarize
+from rlhf.lm.generator_config import GeneratorConfig, TransformersGeneratorConfig
 from rlhf.lm.loading import ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.lm.perplexity import perplexity
 from rlhf.lm.sampling import SamplingConfig
@@ -33,6 +34,8 @@ class EvaluateConfig(Config):
     rewards: dict[str, RewardConfig] = {}
     """Name -> what judges the answers."""
     sampling: SamplingConfig = SamplingConfig()
+    generator: GeneratorConfig = TransformersGeneratorConfig()
+    """What writes the answers: the model itself, or vLLM."""
     evaluation: EvaluationConfig = EvaluationConfig()
     texts: DataConfig | None = None
     """Demonstrations whose completions are predicted, for the perplexity."""
@@ -70,7 +73,7 @@ def answer(config: EvaluateConfig, chosen: ModelConfig, run: Run) -> tuple[Rows,
     tokenizer = load_tokenizer(chosen)
     model = load_causal_lm(chosen, tokenizer).to(run.accelerator.device).eval()
     rows, reported = answer_prompts(
-        make_generator(model, tokenizer),
+        make_generator(model, tokenizer, config=config.generator, accelerator=run.accelerator),
         tokenizer,
         prompts=load_prompts(config.data) if config.prompts is None else load_prompt_sets(config.prompts)[1],
         rewards={name: make_reward(reward) for name, reward in config.rewards.items()},

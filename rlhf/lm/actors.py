@@ -15,14 +15,15 @@ from rlhf.data.tokenization import end_token_ids, require_special_tokens
 from rlhf.errors import ConfigError
 from rlhf.lm.collector_config import CollectorConfig
 from rlhf.lm.critic import make_critic
-from rlhf.lm.generation import TransformersGenerator
+from rlhf.lm.generation import Generator, TransformersGenerator
+from rlhf.lm.generator_config import GeneratorConfig, TransformersGeneratorConfig, VllmGeneratorConfig
 from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm, load_tokenizer
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.reference import FrozenReference
 from rlhf.lm.sft import SftConfig, train_sft
 from rlhf.lm.sources import SourceConfig, load_demonstration_sets
 from rlhf.rewards.combination import CombinedReward
-from rlhf.training.distributed import on_main_process_first_failing
+from rlhf.training.distributed import make_accelerator, on_main_process_first_failing
 from rlhf.training.run import Run
 
 
@@ -32,7 +33,7 @@ class Actors:
 
     policy: LanguageModelPolicy
     tokenizer: PreTrainedTokenizerBase
-    generator: TransformersGenerator
+    generator: Generator
     reference: FrozenReference | None
     """None where the algorithm needs none."""
 
@@ -50,7 +51,9 @@ def make_actors(
     critic: str = "head",
     tokenizer: PreTrainedTokenizerBase | None = None,
     keep_reference: bool = False,
+    generator: GeneratorConfig | None = None,
     accelerator: Accelerator,
+    seed: int = 0,
 ) -> Actors:
     """Load the policy and what the algorithm needs beside it.
 
@@ -61,10 +64,13 @@ def make_actors(
         critic: Where it starts, as in `CriticConfig`. Not read where the algorithm needs no critic.
         tokenizer: None loads the model's own.
         keep_reference: Measure the KL to the start also where the algorithm does not use it.
+        generator: What writes the completions; None is the model itself.
         accelerator: Whose device is used.
+        seed: Of an engine's own stream.
 
     Raises:
         ModelError: Something cannot be loaded or lacks a pad or end token.
+        ConfigError: The generator is not installed.
     """
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
     require_special_tokens(tokenizer)
@@ -77,11 +83,11 @@ def make_actors(
         # The policy keeps its models in eval mode anyway; the learner asks for the probabilities themselves.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    generator = make_generator(language_model, tokenizer)
+    writer = make_generator(language_model, tokenizer, config=generator, accelerator=accelerator, seed=seed)
     # Made before the first update: it is the policy as it is now.
     needs_reference = algorithm.needs_reference or keep_reference
     reference = FrozenReference(policy).to(accelerator.device) if needs_reference else None
-    return Actors(policy=policy, tokenizer=tokenizer, generator=generator, reference=reference)
+    return Actors(policy=policy, tokenizer=tokenizer, generator=writer, reference=reference)
 
 
 def share_backbone(reward: Any, policy: LanguageModelPolicy) -> None:
@@ -101,17 +107,39 @@ def share_backbone(reward: Any, policy: LanguageModelPolicy) -> None:
             function.attach(policy.model)  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
 
 
-def make_generator(model: Any, tokenizer: PreTrainedTokenizerBase) -> TransformersGenerator:
+def make_generator(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: GeneratorConfig | None = None,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+) -> Generator:
     """A generator that stops at the tokenizer's end tokens.
 
+    Args:
+        model: A causal language model, bare or with adapters, on its device.
+        tokenizer: The model's.
+        config: What writes; None is the model itself.
+        accelerator: Whose processes take part in starting an engine; None makes one.
+        seed: Of an engine's own stream.
+
     Raises:
-        ModelError: The tokenizer lacks a pad or an end token.
+        ModelError: The tokenizer lacks a pad or an end token, or an engine does not start.
+        ConfigError: vLLM is asked for and not installed.
     """
     require_special_tokens(tokenizer)
     assert tokenizer.pad_token_id is not None
-    return TransformersGenerator(
-        model, end_token_ids=end_token_ids(tokenizer), pad_token_id=int(tokenizer.pad_token_id)
-    )
+    ends, pad = end_token_ids(tokenizer), int(tokenizer.pad_token_id)
+    if isinstance(config, VllmGeneratorConfig):
+        from rlhf.lm.vllm_generator import make_vllm_generator
+
+        accelerator = accelerator if accelerator is not None else make_accelerator()
+        return make_vllm_generator(
+            config, model, end_token_ids=ends, pad_token_id=pad, accelerator=accelerator, seed=seed
+        )
+    backend = (config or TransformersGeneratorConfig()).backend
+    return TransformersGenerator(model, end_token_ids=ends, pad_token_id=pad, backend=backend)
 
 
 def pick_tokenizer(model: ModelConfig, source: SourceConfig) -> PreTrainedTokenizerBase:

@@ -24,7 +24,7 @@ from rlhf.data.records import Prompt
 from rlhf.data.tokenization import encode_prompts, require_special_tokens
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.lm.collector_config import CollectorConfig
-from rlhf.lm.generation import Generator
+from rlhf.lm.generation import Generator, bring_up_to_date
 from rlhf.lm.judging import (
     Judged,
     concatenate_judged,
@@ -127,6 +127,7 @@ class PromptCollector:
             RewardError: The reward function failed.
             TrainingError: Dynamic sampling found too few groups, or masking left nothing to learn from.
         """
+        bring_up_to_date(self.generator)
         judged, metrics = self._judge_enough()
         groups = torch.arange(len(judged.scores)) // self.config.group_size
         if self.config.mask_truncated:

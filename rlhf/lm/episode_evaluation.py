@@ -11,6 +11,7 @@ from rlhf.config import Config
 from rlhf.lm.episode_collector import EpisodeCollector
 from rlhf.lm.episodes import begin_episode, play_episodes
 from rlhf.lm.evaluation import NORMAL_95, mean_and_standard_error
+from rlhf.lm.generation import bring_up_to_date
 from rlhf.lm.prompt_stream import mix_seed
 from rlhf.training.distributed import gather_objects
 
@@ -68,6 +69,7 @@ def make_episode_evaluation(
         }
 
     def evaluate() -> dict[str, float]:
+        bring_up_to_date(collector.generator)
         metrics = play("greedy", greedy=True) if config.greedy else {}
         return metrics | (play("sampled", greedy=False) if config.sampled else {})
 

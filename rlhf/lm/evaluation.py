@@ -16,7 +16,7 @@ from rlhf.data.records import Prompt
 from rlhf.errors import DataError
 from rlhf.lm.answer_statistics import majority_at_k, pass_at_k, win_rate
 from rlhf.lm.collector import PromptCollector
-from rlhf.lm.generation import Generator
+from rlhf.lm.generation import Generator, bring_up_to_date
 from rlhf.lm.prompt_stream import mix_seed
 from rlhf.lm.samples import Samples, sample_completions, score_samples
 from rlhf.lm.sampling import SamplingConfig
@@ -157,6 +157,7 @@ def answer_prompts(
     passes = [("greedy", 1, True)] * config.greedy + [("sampled", config.samples_per_prompt, False)] * bool(
         config.samples_per_prompt
     )
+    bring_up_to_date(generator)
     rows: Rows = {}
     reported: dict[str, float] = {}
     for name, count, greedy in passes:

@@ -20,6 +20,7 @@ from rlhf.lm.critic import CriticConfig
 from rlhf.lm.doctor import Doctor, DoctorConfig
 from rlhf.lm.ema import EmaConfig, PolicyAverage, evaluate_both
 from rlhf.lm.evaluation import EvaluationConfig, make_evaluation
+from rlhf.lm.generator_config import GeneratorConfig, TransformersGeneratorConfig
 from rlhf.lm.loading import ModelConfig, resolve_precision
 from rlhf.lm.ptx import ImitationLoss, PtxConfig, make_imitation
 from rlhf.lm.sft import SftConfig
@@ -48,6 +49,8 @@ class FineTuningConfig(Config):
     """A scorer that only evaluation looks at: where the reward rises and it falls, there is over-optimization."""
     algorithm: AlgorithmChoice
     collector: CollectorConfig = CollectorConfig()
+    generator: GeneratorConfig = TransformersGeneratorConfig()
+    """What writes the completions: the model itself, or vLLM."""
     update: UpdateConfig = UpdateConfig(learning_rate=1e-6)
     ptx: PtxConfig | None = None
     """Mix the language-modelling loss of given texts into every minibatch (PPO-ptx)."""
@@ -95,7 +98,9 @@ def fine_tune(config: FineTuningConfig, *, recipe: str) -> dict[str, float]:
         critic=config.critic.start,
         tokenizer=tokenizer,
         keep_reference=config.watch.kl_budget is not None,
+        generator=config.generator,
         accelerator=accelerator,
+        seed=config.run.seed,
     )
     share_backbone(reward, actors.policy)
     mixed = _make_mixed(config, actors, accelerator)

@@ -118,8 +118,8 @@ class TransformersGenerator:
         Raises:
             DataError: A prompt is empty or not padded on the left, or prompt and completion may exceed the context.
         """
-        _require_left_padding(prompt_ids, prompt_mask)
-        self._require_room(prompt_mask, sampling)
+        require_left_padding(prompt_ids, prompt_mask)
+        require_room(self.model, prompt_mask, sampling)
         with evaluating(self.model):
             if self._plan is None:
                 return self._generate(prompt_ids, prompt_mask, group_size, sampling, generator)
@@ -136,19 +136,6 @@ class TransformersGenerator:
             self.decode_path = "fused" if decoder.fused is not None else "model"
             steps = decoder.run()
         return self._finish(decoder.token_ids[:steps].T, decoder.log_probs[:steps].T)
-
-    def _require_room(self, prompt_mask: Tensor, sampling: SamplingConfig) -> None:
-        """Beyond its context a model has no positions (GPT-2 fails deep inside) or writes noise (rotary models)."""
-        context = getattr(unwrap_adapters(self.model).config.get_text_config(), "max_position_embeddings", None)
-        needed = int(prompt_mask.sum(dim=1).max()) + sampling.max_completion_length
-        if context is not None and needed > context:
-            raise DataError(
-                "longest prompt and max_completion_length together exceed the model's context",
-                where="sampling.max_completion_length",
-                got=needed,
-                expected=f"at most {context} tokens",
-                remedy="Lower sampling.max_completion_length or the greatest prompt length.",
-            )
 
     def _generate(
         self,
@@ -209,7 +196,43 @@ class _SamplingProcessor(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
-def _require_left_padding(prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+def bring_up_to_date(generator: Generator) -> None:
+    """Hand the policy's weights to a generator that keeps a copy of them; all processes call it alike.
+
+    It is called before each rollout and each evaluation. `TransformersGenerator` shares the policy's weights and has
+    no `synchronize`.
+    """
+    synchronize = getattr(generator, "synchronize", None)
+    if synchronize is not None:
+        synchronize()
+
+
+def require_room(model: Any, prompt_mask: Tensor, sampling: SamplingConfig, *, limit: int | None = None) -> None:
+    """Beyond its context a model has no positions (GPT-2 fails deep inside) or writes noise (rotary models).
+
+    Args:
+        model: Its config tells the context.
+        prompt_mask: [N, P] bool.
+        sampling: Tells the greatest length.
+        limit: Of the generator itself, where it has less room.
+
+    Raises:
+        DataError: Longest prompt and completion have no room.
+    """
+    context = getattr(unwrap_adapters(model).config.get_text_config(), "max_position_embeddings", None)
+    room = min((length for length in (context, limit) if length is not None), default=None)
+    needed = int(prompt_mask.sum(dim=1).max()) + sampling.max_completion_length
+    if room is not None and needed > room:
+        raise DataError(
+            "longest prompt and max_completion_length together exceed the model's context",
+            where="sampling.max_completion_length",
+            got=needed,
+            expected=f"at most {room} tokens",
+            remedy="Lower sampling.max_completion_length or the greatest prompt length.",
+        )
+
+
+def require_left_padding(prompt_ids: Tensor, prompt_mask: Tensor) -> None:
     """The last column must be real in every row, and no padding may follow a real token."""
     if prompt_ids.shape != prompt_mask.shape or prompt_ids.ndim != 2:
         raise DataError("prompt_ids and prompt_mask differ in shape", got=(prompt_ids.shape, prompt_mask.shape))
