@@ -1,8 +1,11 @@
 """FrozenLake in words: what is said is what gymnasium does."""
 
+import doctest
+
 import gymnasium
 import pytest
 
+import classic_rl.frozen_lake_words
 from classic_rl.frozen_lake_words import WORDS, FrozenLakeInWords
 
 
@@ -64,3 +67,26 @@ def test_every_character_is_in_the_alphabet():
         said += [word if word in WORDS else "", *(message["content"] for message in lake.step(word)[0])]
     assert set("".join(said)) <= set(lake.alphabet)
     assert lake.demonstrate() in WORDS
+
+
+@pytest.mark.parametrize(("map_name", "steps"), [("4x4", 6), ("8x8", 14)])
+def test_a_walker_who_heeds_takes_a_shortest_way(map_name, steps):
+    """Right and down alone reach the opposite corner in 2 (n - 1) steps, and both maps have such a way."""
+    lake = FrozenLakeInWords(map_name=map_name, max_turns=100, heeding=1.0)
+    lake.reset(seed=0)
+    answers = [lake.step(lake.demonstrate()) for _ in range(steps)]
+    assert [reward for _, reward, _, _ in answers] == [0.0] * (steps - 1) + [1.0]
+    assert answers[-1][2]
+
+
+def test_a_walker_who_does_not_heed_says_any_word():
+    lake = FrozenLakeInWords(heeding=0.0)
+    lake.reset(seed=0)
+    said = [lake.demonstrate() for _ in range(400)]
+    assert all(60 < said.count(word) < 140 for word in WORDS)  # 100 +- 4.6 standard deviations of 8.7
+    with pytest.raises(ValueError, match="heeding"):
+        FrozenLakeInWords(heeding=1.5)
+
+
+def test_doctests():
+    assert doctest.testmod(classic_rl.frozen_lake_words).failed == 0
