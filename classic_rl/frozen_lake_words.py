@@ -116,7 +116,7 @@ def steps_to_goal(rows: list[str]) -> dict[int, int]:
             if fields[place] in "SF" and place not in steps
             if any(neighbour(rows, place, word) in frontier for word in WORDS)
         ]
-        steps |= {place: steps[frontier[0]] + 1 for place in reached}
+        steps |= dict.fromkeys(reached, steps[frontier[0]] + 1)
         frontier = reached
     return steps
 
