@@ -1,0 +1,191 @@
+"""What an over-optimization experiment shows at its end: tables, and gold score and proxy over sqrt(KL)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.errors import DataError
+from rlhf.lm.overoptimization import Curve, Fit, Form, fit_gain
+from rlhf.markdown import markdown_table
+
+Group = Mapping[str, Sequence[Curve]]
+"""Name -> one curve per seed."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One column of the figure.
+
+    Attributes:
+        title: Above it.
+        form: What is fitted to its gold scores.
+        curves: Its lines.
+        note: Below the axis.
+    """
+
+    title: str
+    form: Form
+    curves: Group
+    note: str = "sqrt(KL to the start), KL in nats per answer"
+
+
+def pooled_fit(curves: Sequence[Curve], form: Form) -> Fit | None:
+    """One fit through the points of all seeds; None where there are too few."""
+    distances = [distance for curve in curves for distance in curve.distances]
+    gains = [gain for curve in curves for gain in curve.gains]
+    try:
+        return fit_gain(distances, gains, form)
+    except DataError:
+        return None
+
+
+def run_table(panels: Sequence[Panel]) -> str:
+    """A row per line of the figure: means over seeds, and the fit through the points of all seeds."""
+    header = ["optimized by", "gold: start", "peak", "end", "sqrt(KL): peak", "end", "proxy: peak", "end"]
+    header += ["over-optimized", "alpha", "beta", "R²", "residual"]
+    rows = []
+    for panel in panels:
+        for name, curves in panel.curves.items():
+            fit = pooled_fit(curves, panel.form)
+            at_peak = [curve.peak for curve in curves]
+            fallen = sum(curve.overoptimized for curve in curves)
+            rows.append(
+                [
+                    name,
+                    _spread([curve.gold[0] for curve in curves]),
+                    _spread([curve.gold[i] for curve, i in zip(curves, at_peak, strict=True)]),
+                    _spread([curve.gold[-1] for curve in curves]),
+                    _spread([curve.distances[i] for curve, i in zip(curves, at_peak, strict=True)]),
+                    _spread([curve.distances[-1] for curve in curves]),
+                    _spread([curve.proxy[i] for curve, i in zip(curves, at_peak, strict=True)]),
+                    _spread([curve.proxy[-1] for curve in curves]),
+                    f"{fallen} of {len(curves)}",
+                    *([f"{v:.3f}" for v in (fit.alpha, fit.beta, fit.r_squared, fit.residual)] if fit else ["-"] * 4),
+                ]
+            )
+    return markdown_table(header, rows)
+
+
+def seed_table(panels: Sequence[Panel], seeds: Sequence[int]) -> str:
+    """Gold at the start, at its peak (and at which KL) and at the end (and at which KL), by seed."""
+    rows = []
+    for panel in panels:
+        for name, curves in panel.curves.items():
+            cells = []
+            for curve in curves:
+                peak, values = curve.peak, (curve.gold[0], curve.gold[curve.peak], curve.gold[-1])
+                start, best, end = (f"{value:.3f}" for value in values)
+                cells.append(f"{start}, {best} ({max(curve.kl[peak], 0):.1f}), {end} ({max(curve.kl[-1], 0):.1f})")
+            rows.append([name, *cells])
+    return markdown_table(["optimized by", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def best_of_n_table(ns: Sequence[int], curves: Group) -> str:
+    """Gold of the best of n, a column per way of choosing; the proxy of the first one besides."""
+    first = next(iter(curves))
+    header = ["n", "KL", "sqrt(KL)", *(f"gold: {name}" for name in curves), f"proxy: {first}"]
+    rows = []
+    for index, n in enumerate(ns):
+        one = curves[first][0]
+        gold = [_spread([curve.gold[index] for curve in group]) for group in curves.values()]
+        proxy = _spread([curve.proxy[index] for curve in curves[first]])
+        rows.append([str(n), f"{one.kl[index]:.2f}", f"{one.distances[index]:.2f}", *gold, proxy])
+    return markdown_table(header, rows)
+
+
+def answer_table(curve: Curve, answers: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """The same prompts' answers at the start, at the gold score's peak and at the end: what was found in between.
+
+    Args:
+        curve: Of one run.
+        answers: Per measurement, records of prompt, completion, gold and proxy.
+    """
+    moments = {"start": 0, "gold's peak": curve.peak, "end": len(curve.gold) - 1}
+    header = ["prompt", *(f"{name}: answer (gold, proxy)" for name in moments)]
+    rows = []
+    for row, record in enumerate(answers[0]):
+        told = [answers[moment][row] for moment in moments.values()]
+        rows.append([record["prompt"], *(f"{a['completion']} ({a['gold']:.2f}, {a['proxy']:.2f})" for a in told)])
+    return markdown_table(header, rows)
+
+
+def fit_numbers(panels: Sequence[Panel]) -> dict[str, Any]:
+    """Fits per seed and over all seeds, as JSON: {line: {"all": {...}, "by_seed": [...]}}."""
+    numbers: dict[str, Any] = {}
+    for panel in panels:
+        for name, curves in panel.curves.items():
+            each = [pooled_fit([curve], panel.form) for curve in curves]
+            numbers[name] = {
+                "all": _as_json(pooled_fit(curves, panel.form)),
+                "by_seed": [_as_json(fit) for fit in each],
+            }
+    return numbers
+
+
+def _as_json(fit: Fit | None) -> dict[str, Any] | None:
+    if fit is None:
+        return None
+    peak = None if fit.peak is None else {"distance": fit.peak[0], "gain": fit.peak[1]}
+    return {**{name: getattr(fit, name) for name in fit.__dataclass_fields__}, "peak": peak}
+
+
+def draw(panels: Sequence[Panel], file: Path, *, gold_label: str, proxy_label: str) -> None:
+    """Write the figure: gold above, proxy below, a column per panel; seeds as dots and thin lines, fits dashed.
+
+    Args:
+        panels: Left to right.
+        file: A .png file.
+        gold_label: Of the upper row.
+        proxy_label: Of the lower row.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(
+        2, len(panels), figsize=(4.9 * len(panels), 7.2), squeeze=False, sharey="row", layout="constrained"
+    )
+    for column, panel in enumerate(panels):
+        gold, proxy = grid[0, column], grid[1, column]
+        for index, (name, curves) in enumerate(panel.curves.items()):
+            color = f"C{index}"
+            for curve in curves:
+                gold.plot(curve.distances, curve.gold, ".-", color=color, alpha=0.45, linewidth=0.8, markersize=4)
+                proxy.plot(curve.distances, curve.proxy, ".-", color=color, alpha=0.45, linewidth=0.8, markersize=4)
+            _draw_fit(gold, curves, panel.form, color=color)
+            gold.plot([], [], "o-", color=color, markersize=4, label=name)
+        shape = r"$d\,(\alpha - \beta d)$" if panel.form == "best_of_n" else r"$d\,(\alpha - \beta \log d)$"
+        gold.plot([], [], "--", color="black", linewidth=1.8, label=f"fit: {shape}")
+        gold.set_title(panel.title)
+        gold.legend(fontsize=8)
+        proxy.set_xlabel(panel.note)
+        for axes in (gold, proxy):
+            axes.grid(alpha=0.3)
+            axes.set_xlim(left=0)
+    grid[0, 0].set_ylabel(gold_label)
+    grid[0, 0].set_ylim(bottom=0)
+    grid[1, 0].set_ylabel(proxy_label)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _draw_fit(axes: Any, curves: Sequence[Curve], form: Form, *, color: str) -> None:
+    """The fit through all seeds' points, over the distances that were measured."""
+    fit = pooled_fit(curves, form)
+    if fit is None:
+        return
+    start = float(np.mean([curve.gold[0] for curve in curves]))
+    distances = np.linspace(0, max(max(curve.distances) for curve in curves), 200)
+    axes.plot(distances, start + fit(distances), "--", color=color, linewidth=1.8)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation over seeds."""
+    mean = f"{np.mean(values):.3f}"
+    return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
