@@ -33,6 +33,13 @@ def test_the_table_names_every_preset_and_says_which_are_for_language_models_onl
     assert only == {name for name, row in ALGORITHMS.items() if row.language_only}
 
 
+def test_the_table_of_algorithms_is_the_codes():
+    """Tables in other libraries' documentation say what their code does not do (prime-rl, open-instruct)."""
+    from rlhf.commands.algorithms import algorithm_table
+
+    assert algorithm_table() in README.read_text(encoding="utf-8"), "paste: python -m rlhf.commands.algorithms"
+
+
 def test_the_files_and_configs_that_the_readme_names_exist():
     from rlhf.commands.recipes import find_recipe
 

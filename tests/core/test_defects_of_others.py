@@ -14,6 +14,7 @@ from rlhf.core.estimate import estimate
 from rlhf.core.kl import kl_estimate
 from rlhf.core.objective import Objective
 from rlhf.core.presets import ALGORITHMS
+from rlhf.core.ratios import importance_ratio
 from rlhf.core.surrogates import clipped_weight
 from rlhf.errors import ConfigError
 
@@ -46,6 +47,16 @@ DEFECTS = [
         "test_a_pair_is_scaled_by_its_own_std",
     ),
     (
+        "NeMo-RL: another std for each completion of a group of more than two",
+        "tests/core/test_defects_of_others.py",
+        "test_a_group_has_one_std",
+    ),
+    (
+        "OpenRLHF: gspo's ratio meets the mask before the clamp",
+        "tests/core/test_defects_of_others.py",
+        "test_a_masked_ratio_is_no_ratio",
+    ),
+    (
         "TRL: cispo's `epsilon_high` is an absolute cap, and unset clamps every ratio to .2",
         "tests/core/test_defects_of_others.py",
         "test_cispo_caps_above_one",
@@ -57,6 +68,11 @@ DEFECTS = [
     ),
     (
         "prime-rl, open-instruct: tables in the docs that the code does not follow",
+        "tests/test_readme.py",
+        "test_the_table_of_algorithms_is_the_codes",
+    ),
+    (
+        "the same: defaults that differ from the papers'",
         "tests/core/test_presets.py",
         "test_a_preset_is_its_row_of_the_table",
     ),
@@ -64,6 +80,11 @@ DEFECTS = [
         "DeepSpeed-Chat: no advantage whitening; constants in the code",
         "tests/core/test_defects_of_others.py",
         "test_ppo_for_language_models_whitens_over_the_batch",
+    ),
+    (
+        "DeepSpeed-Chat: rollouts without sampling",
+        "tests/lm/test_collector.py",
+        "test_greedy_rollouts_are_refused",
     ),
     (
         "KL in the loss by k1, whose gradient is 0",
@@ -181,6 +202,25 @@ def test_a_pair_is_scaled_by_its_own_std():
     # Scores 0 and 4: deviations +-2, sample std 2.8284: +-.7071. Unscaled it would be +-2, NaN where 0/0 leaks.
     advantages = group_relative(torch.tensor([4.0, 0.0]), torch.tensor([0, 0]), epsilon=0.0)
     assert advantages.tolist() == pytest.approx([0.70710678, -0.70710678])
+
+
+def test_a_group_has_one_std():
+    """Scores 0, 1, 5: mean 2, sample std sqrt((4 + 1 + 9) / 2) = sqrt 7 for every member.
+
+    Leave-one-out stds would be 2.83, 3.54 and .71, so that the worst of the three would count for less.
+    """
+    advantages = group_relative(torch.tensor([0.0, 1.0, 5.0]), torch.tensor([3, 3, 3]), epsilon=0.0)
+    assert advantages.tolist() == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5])
+
+
+def test_a_masked_ratio_is_no_ratio():
+    """exp(mean log ratio) over the two actions that count, .5 and -.1; what is masked would be e^30, or e^-30."""
+    log_probs = torch.tensor([[0.5, 30.0, -0.1, -30.0]], requires_grad=True)
+    mask = torch.tensor([[True, False, True, False]])
+    ratio = importance_ratio(log_probs, torch.zeros(1, 4), mask, level="sequence_geometric_mean")
+    assert ratio[mask].tolist() == pytest.approx([2.718281828459045**0.2] * 2)
+    ratio[mask].sum().backward()
+    assert log_probs.grad[~mask].tolist() == [0.0, 0.0]
 
 
 def test_cispo_caps_above_one():

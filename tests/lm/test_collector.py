@@ -456,3 +456,8 @@ def test_refills_are_counted():
     assert metrics["rollout/refills"] == 3.0
     assert metrics["rollout/uniform_groups_fraction"] == 1.0
     assert metrics["rollout/uniform_groups_kept_fraction"] == 1.0
+
+
+def test_greedy_rollouts_are_refused():
+    with pytest.raises(ValueError, match="cannot learn from greedy completions"):
+        CollectorConfig(sampling=SamplingConfig(greedy=True))
