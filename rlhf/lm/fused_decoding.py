@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import rms_norm
 
 from rlhf.lm.cache import InPlaceCache
 from rlhf.lm.shared_prompt import attend
+from rlhf.training.linear import FastLinear, linear, linear_onto
 
 MERGE_LIMIT = 2**22
 """Elements up to which matrices are merged. Beyond, the product itself takes the time and the copy too much memory."""
@@ -58,10 +59,7 @@ class _Projection:
 
     def add_to(self, residual: Tensor, hidden: Tensor) -> Tensor:
         """Residual [n, H] + map of hidden [n, I]; only for a single map."""
-        weight, bias = self.matrices[0]
-        if bias is not None:
-            return residual + linear(hidden, weight, bias)
-        return torch.addmm(residual, hidden, weight.t())
+        return linear_onto(residual, hidden, *self.matrices[0])
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ def _read_head_norms(attention: Any, query_heads: int, key_heads: int) -> _Norm:
 
 def _read_projection(*modules: Any) -> _Projection:
     for module in modules:  # exact types: adapters, quantized and parametrized layers are subclasses or others
-        _require(type(module) is nn.Linear and type(module.weight) is nn.Parameter)
+        _require(type(module) in (nn.Linear, FastLinear) and type(module.weight) is nn.Parameter)
         _require((module.bias is None) == (modules[0].bias is None) and module.weight.dtype == modules[0].weight.dtype)
     matrices = [(module.weight.detach(), module.bias) for module in modules]
     if len(modules) == 1 or sum(weight.numel() for weight, _ in matrices) > MERGE_LIMIT:

@@ -18,6 +18,7 @@ from rlhf.errors import DataError, ModelError
 from rlhf.lm.adapters import CRITIC, POLICY, AdapterCritic
 from rlhf.lm.backbone import split_model, takes_positions, unwrap_adapters
 from rlhf.lm.log_probs import selected_log_probs
+from rlhf.training.linear import use_fast_linear
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 CRITIC_FOLDER = "critic"
@@ -71,6 +72,7 @@ class LanguageModelPolicy(nn.Module):
             self.value_head = _zero_head(self._parts.config.hidden_size).to(model.device)
         elif critic != "none":
             raise ModelError("unknown critic", got=critic, expected="'none', 'head', or a model")
+        use_fast_linear(self)
         self.train()
 
     @property

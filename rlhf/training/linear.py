@@ -1,0 +1,149 @@
+"""Linear layers through oneDNN on CPUs where torch's default float32 product is slow.
+
+torch's CPU builds multiply float32 matrices with Intel's MKL, which takes a slow path on other makers' processors:
+on an AMD EPYC with AVX-512, 105 GFLOP/s on one core where oneDNN, which is in the same build, reaches 245 with the
+same float32 arithmetic (`benchmarks/linear.py`). Nothing is rounded to a shorter format; results differ in the order
+of their sums alone. torch's global switch (`torch.set_float32_matmul_precision`) would allow shorter formats on some
+processors, and would reach into other libraries; this module changes only the layers it is given.
+
+`RLHF_CPU_LINEAR=default` turns it off, `RLHF_CPU_LINEAR=onednn` asks for it on any processor.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from rlhf.errors import ConfigError
+
+VARIABLE = "RLHF_CPU_LINEAR"
+MIN_PRODUCTS = 2**21
+"""Multiplications below which the default is as fast: oneDNN takes some microseconds to start."""
+
+
+@cache
+def onednn_pays() -> bool:
+    """Whether linear layers on this machine's CPU go through oneDNN: a rule, not a timing, so that runs repeat.
+
+    Raises:
+        ConfigError: The environment variable has an unknown value, or asks for what this build of torch lacks.
+    """
+    wish = os.environ.get(VARIABLE, "auto")
+    if wish not in ("auto", "default", "onednn"):
+        raise ConfigError("unknown linear layer", where=VARIABLE, got=wish, expected="auto, default or onednn")
+    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if wish == "onednn" and not available:
+        raise ConfigError("this build of torch has no oneDNN", where=VARIABLE, got=wish, expected="auto or default")
+    slow_default = torch.backends.mkl.is_available() and _cpu_maker() == "AuthenticAMD"
+    return wish == "onednn" or (wish == "auto" and available and slow_default)
+
+
+def _cpu_maker() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return rows @ weight.T + bias, as `torch.nn.functional.linear` does.
+
+    Args:
+        rows: [..., I].
+        weight: [O, I].
+        bias: [O] or None.
+
+    Returns:
+        [..., O]. Differentiable once where oneDNN computes it.
+    """
+    if not _goes_through_onednn(rows, weight):
+        return functional.linear(rows, weight, bias)
+    if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+        return _Linear.apply(rows, weight, bias)  # type: ignore[return-value]
+    return _product(rows, weight, bias)
+
+
+def linear_onto(residual: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return residual [N, O] + rows [N, I] @ weight.T + bias, in one operation where possible; not differentiable."""
+    if _goes_through_onednn(rows, weight):
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, residual, weight, bias, "add")
+    if bias is not None:
+        return residual + functional.linear(rows, weight, bias)
+    return torch.addmm(residual, rows, weight.t())
+
+
+class FastLinear(nn.Linear):
+    """`nn.Linear` computed by `linear`; the same parameters and state, so that what is saved does not change."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        return linear(input, self.weight, self.bias)
+
+
+def use_fast_linear(module: nn.Module) -> None:
+    """Let the plain linear layers inside a module compute through `linear`, where that pays on this machine.
+
+    Layers of other types (quantized, parametrized, adapters) stay as they are. Gradients of gradients are not
+    available afterwards.
+
+    Args:
+        module: Changed in place; its parameters are not touched.
+    """
+    if onednn_pays():
+        for layer in module.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = FastLinear
+
+
+def _goes_through_onednn(rows: Tensor, weight: Tensor) -> bool:
+    return (
+        rows.numel() * weight.shape[0] >= MIN_PRODUCTS
+        and rows.device.type == "cpu"
+        and rows.dtype is weight.dtype is torch.float32
+        and onednn_pays()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """Y = X W^T + b; dX = dY W, dW = dY^T X, db = sum of dY over rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _product(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            _product(gradient, weight.t(), None) if needs_rows else None,
+            _weight_gradient(flat, rows.reshape(-1, rows.shape[-1])) if needs_weight else None,
+            flat.sum(dim=0) if needs_bias else None,
+        )
+
+
+def _weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
+    """[O, I] of gradient [N, O] and rows [N, I].
+
+    oneDNN reads its second operand transposed but copies the first, so the narrower one goes first.
+    """
+    if gradient.shape[1] <= rows.shape[1]:
+        return _product(gradient.t(), rows.t(), None)
+    return _product(rows.t(), gradient.t(), None).t()
