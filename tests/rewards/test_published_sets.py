@@ -95,6 +95,27 @@ def test_worked_solutions_of_gsm8k_are_right(load):
     assert score("strict", solutions) == score("lenient", solutions) == [1.0] * 1319
 
 
+@pytest.mark.parametrize(("file", "rows"), [("test", 1319), ("train", 7473)])
+def test_every_row_of_gsm8k_is_judged_by_its_own_number(file, rows, load, monkeypatch):
+    """Both files, the one that is trained on too: the worked solution is right, and wrong with its number changed."""
+    config = load_config(import_recipe(find_recipe("evaluate")).CONFIG, find_config(find_recipe("evaluate"), "gsm8k"))
+    prompts = load_prompts(config.data.model_copy(update={"path": str(DATA / "gsm8k" / f"{file}.jsonl")}))
+    assert len(prompts) == rows
+    answers = [prompt.columns["answer"] for prompt in prompts]
+    # Independently of our parser: what follows the marks, without the thousands' commas.
+    golds = [int(answer.rsplit("#### ", 1)[1].replace(",", "")) for answer in answers]
+    assert [gold_number(answer) for answer in answers] == golds
+    for reward in ("strict", "lenient"):
+        judge = make_reward(config.rewards[reward])
+        assert judge(completions=answers, answer=answers) == [1.0] * rows
+        for wrong in (1, -1, 1000):
+            changed = [
+                f"{answer.rsplit('#### ', 1)[0]}#### {gold + wrong}"
+                for answer, gold in zip(answers, golds, strict=True)
+            ]
+            assert judge(completions=changed, answer=answers) == [0.0] * rows
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_right_letters_are_right_and_others_wrong(load, name):
     prompts, score = load(name)

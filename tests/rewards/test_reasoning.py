@@ -84,7 +84,11 @@ def test_what_the_package_refuses_is_a_config_error(package):
 
 
 @needs_package
-@pytest.mark.parametrize("task", ["chain_sum", "basic_arithmetic", "letter_counting", "spell_backward"])
+@pytest.mark.parametrize(
+    "task",
+    ["chain_sum", "basic_arithmetic", "letter_counting", "spell_backward", "simple_equations", "prime_factorization",
+     "word_sorting", "shortest_path", "mini_sudoku", "family_relationships", "syllogism", "base_conversion"],
+)  # fmt: skip
 def test_the_package_accepts_its_own_answers(task):
     train, held_out = make_reasoning_prompts(ReasoningGymConfig(tasks={task: {}}, train=20, held_out=5))
     entries = [prompt.columns["entry"] for prompt in train + held_out]
