@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.lm.backbone import evaluating, split_model, unwrap_adapters
+from rlhf.lm.compilation import uncompiled
 from rlhf.lm.decoding import Decoder, plan_decoding
 from rlhf.lm.sampling import SamplingConfig, choose_tokens
 
@@ -120,7 +121,7 @@ class TransformersGenerator:
         """
         require_left_padding(prompt_ids, prompt_mask)
         require_room(self.model, prompt_mask, sampling)
-        with evaluating(self.model):
+        with evaluating(self.model), uncompiled(self.model):
             if self._plan is None:
                 return self._generate(prompt_ids, prompt_mask, group_size, sampling, generator)
             decoder = Decoder(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf.errors import ModelError
 from rlhf.lm.adapters import POLICY, AdapterSwitch
+from rlhf.lm.compilation import compile_layers, compiled_backend
 from rlhf.lm.policy import LanguageModelPolicy
 
 
@@ -67,6 +68,9 @@ def clone_model(model: Any) -> Any:
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
     fresh = type(model)._from_config(config, dtype=dtype)
     fresh.load_state_dict(weights)
+    backend = compiled_backend(model)
+    if backend is not None:  # another arithmetic than the policy's would give a KL before the first update
+        compile_layers(fresh, backend)
     return fresh.to(model.device).eval()
 
 
