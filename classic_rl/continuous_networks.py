@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from classic_rl.networks import Activation
 from rlhf.config import Config
+from rlhf.training.linear import MIN_PRODUCTS, onednn_pays
 
 
 class ContinuousNetworkConfig(Config):
@@ -112,8 +113,7 @@ class _Stack(torch.autograd.Function):
         for group in ctx.groups:
             hidden = [x.expand(group.stop - group.start, *x.shape)]
             for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-                h = torch.baddbmm(bias[group], hidden[-1], weight[group])
-                hidden.append(h.relu_() if activation == "relu" else h.tanh_())
+                hidden.append(_layer(hidden[-1], weight[group], bias[group], activation))
             outputs.append(_times(hidden[-1], weights[-1][group]).add_(biases[-1][group]))
             saved += hidden
         ctx.activation, ctx.widths = activation, [part.shape[-1] for part in parts]
@@ -161,19 +161,45 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+def _layer(h: Tensor, weight: Tensor, bias: Tensor, activation: Activation) -> Tensor:
+    """Return f(h @ weight + bias) for [E, B, I], [E, I, O] and [E, 1, O]."""
+    if _suits_onednn(h, weight):
+        return _onednn(h, weight, bias=bias[0, 0], activation=activation)
+    h = torch.baddbmm(bias, h, weight)
+    return h.relu_() if activation == "relu" else h.tanh_()
+
+
 def _times(h: Tensor, weight: Tensor) -> Tensor:
     """Return h @ weight for [E, B, I] and [E, I, O]; with a single output, or a single input, by multiplication."""
     if weight.shape[2] == 1:
         return (h * weight.transpose(1, 2)).sum(dim=-1, keepdim=True)
-    return h * weight if weight.shape[1] == 1 else torch.bmm(h, weight)
+    if weight.shape[1] == 1:
+        return h * weight
+    return _onednn(h, weight) if _suits_onednn(h, weight) else torch.bmm(h, weight)
 
 
 def _outer(h: Tensor, g: Tensor, *, out: Tensor) -> None:
     """Write h^T @ g for [E, B, I] and [E, B, O]."""
     if g.shape[2] == 1:
         out.copy_(torch.bmm(g.transpose(1, 2), h).transpose(1, 2))
+    elif _suits_onednn(h, g):
+        out.copy_(_onednn(h.transpose(1, 2), g))
     else:
         torch.bmm(h.transpose(1, 2), g, out=out)
+
+
+def _suits_onednn(h: Tensor, other: Tensor) -> bool:
+    """Whether a product of [1, B, I] and 1 x B x O or I x O numbers is large enough for the faster library."""
+    large = h.shape[0] == 1 and h.shape[1] * h.shape[2] * other.shape[2] >= MIN_PRODUCTS
+    return large and h.is_cpu and h.dtype == torch.float32 and onednn_pays()
+
+
+def _onednn(
+    h: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: Literal["none", "relu", "tanh"] = "none"
+) -> Tensor:
+    """Return f(h @ weight + bias) of one member, in the float32 of `rlhf.training.linear`."""
+    product = torch.ops.mkldnn._linear_pointwise(h[0], weight[0].t(), bias, activation, [], "")
+    return product.unsqueeze(0)
 
 
 def _of_shared_input(g: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:

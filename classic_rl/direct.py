@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from classic_rl.networks import MLP
+from classic_rl.networks import MLP, layers_backward, layers_forward
 
 
 class DirectGradient:
@@ -20,7 +20,7 @@ class DirectGradient:
     """
 
     def __init__(self, network: MLP) -> None:
-        self._relu = network.activation == "relu"
+        self._activation = network.activation
         self._weights = [layer.weight.detach().numpy() for layer in network.layers]
         self._biases = [layer.bias.detach().numpy() for layer in network.layers]
         self._weight_gradients = [layer.weight.grad.numpy() for layer in network.layers]
@@ -29,22 +29,16 @@ class DirectGradient:
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """Map [B, inputs] to [B, outputs] and keep what `backward` needs."""
-        self._hidden = [x]
-        for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
-            x = x.dot(weight.T)
-            x += bias
-            x = np.maximum(x, 0, out=x) if self._relu else np.tanh(x, out=x)
-            self._hidden.append(x)
-        x = x.dot(self._weights[-1].T)
-        x += self._biases[-1]
-        return x
+        outputs, self._hidden = layers_forward(x, self._weights, self._biases, self._activation)
+        return outputs
 
     def backward(self, gradient: np.ndarray) -> None:
         """Write the gradient of the parameters, given that of the last forward's outputs [B, outputs]."""
-        for index in reversed(range(len(self._weights))):
-            below = self._hidden[index]
-            np.dot(gradient.T, below, out=self._weight_gradients[index])
-            gradient.sum(axis=0, out=self._bias_gradients[index])
-            if index:
-                gradient = gradient.dot(self._weights[index])
-                gradient *= below > 0 if self._relu else 1 - below * below
+        layers_backward(
+            gradient,
+            self._hidden,
+            self._weights,
+            self._activation,
+            weight_gradients=self._weight_gradients,
+            bias_gradients=self._bias_gradients,
+        )

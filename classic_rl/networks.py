@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from classic_rl.distributions import StateDependentExploration
 from rlhf.config import Config
+from rlhf.training.linear import MIN_PRODUCTS, onednn_pays
 
 Activation = Literal["tanh", "relu"]
 Initialization = Literal["orthogonal", "uniform"]
@@ -144,8 +145,8 @@ def layers_forward(
     """Map [N, inputs] to outputs [N, outputs], and the inputs of every layer, which `layers_backward` needs."""
     hidden = [x]
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        hidden.append(_activated(_affine(hidden[-1], weight, bias), activation))
-    return _affine(hidden[-1], weights[-1], biases[-1]), hidden
+        hidden.append(_layer(hidden[-1], weight, bias, activation))
+    return _layer(hidden[-1], weights[-1], biases[-1], "none"), hidden
 
 
 def layers_backward(
@@ -170,9 +171,13 @@ def layers_backward(
     for index in reversed(range(len(weights))):
         below = hidden[index]
         np.add.reduce(g, axis=0, out=bias_gradients[index])
-        np.dot(g.T, below, out=weight_gradients[index])
+        if _suits_onednn(g.T, below):
+            weight_gradients[index][...] = _onednn(g.T, below.T)
+        else:
+            np.dot(g.T, below, out=weight_gradients[index])
         if index:
-            g = g.dot(weights[index])
+            weight = weights[index]
+            g = _onednn(g, weight.T) if _suits_onednn(g, weight) else g.dot(weight)
             if activation == "tanh":
                 slope = below * below
                 np.subtract(1, slope, out=slope)
@@ -181,15 +186,38 @@ def layers_backward(
                 g *= below > 0
 
 
-def _affine(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+def _layer(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, activation: Literal["none", "tanh", "relu"]
+) -> np.ndarray:
+    """Return f(x W^T + b)."""
+    if _suits_onednn(x, weight.T):
+        return _onednn(x, weight, bias=bias, activation=activation)
     x = x.dot(weight.T)
     x += bias
-    return x
-
-
-def _activated(x: np.ndarray, activation: Activation) -> np.ndarray:
-    """Apply the activation in place."""
+    if activation == "none":
+        return x
     return np.tanh(x, out=x) if activation == "tanh" else np.maximum(x, 0, out=x)
+
+
+def _suits_onednn(x: np.ndarray, other: np.ndarray) -> bool:
+    """Whether x @ other is so large that oneDNN is faster than NumPy's library, as it is than torch's."""
+    return x.size * other.shape[1] >= MIN_PRODUCTS and onednn_pays()
+
+
+def _onednn(
+    x: np.ndarray,
+    weight: np.ndarray,
+    *,
+    bias: np.ndarray | None = None,
+    activation: Literal["none", "tanh", "relu"] = "none",
+) -> np.ndarray:
+    """Return f(x W^T + b) in the float32 of `rlhf.training.linear`, without gradient."""
+    shift = None if bias is None else torch.from_numpy(bias)
+    with torch.no_grad():
+        product = torch.ops.mkldnn._linear_pointwise(
+            torch.from_numpy(x), torch.from_numpy(weight), shift, activation, [], ""
+        )
+    return product.numpy()
 
 
 class NumpyMirror:
@@ -210,7 +238,5 @@ class NumpyMirror:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Map [N, inputs] float32 to [N, outputs] float32."""
-        for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
-            x = _activated(_affine(x, weight, bias), self.network.activation)
-        outputs = _affine(x, self._weights[-1], self._biases[-1])
-        return np.concatenate([outputs, x], axis=1) if self.network.with_features else outputs
+        outputs, hidden = layers_forward(x, self._weights, self._biases, self.network.activation)
+        return np.concatenate([outputs, hidden[-1]], axis=1) if self.network.with_features else outputs

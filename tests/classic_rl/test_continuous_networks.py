@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from classic_rl import continuous_networks
 from classic_rl.continuous_networks import ContinuousNetworkConfig, StackedMirror, StackedMLP
 
 
@@ -105,3 +106,22 @@ def test_the_mirror_is_the_first_member_and_sees_steps():
         np.testing.assert_allclose(features, hidden[0].detach().numpy(), rtol=1e-5, atol=1e-6)
         with torch.no_grad():
             stack.weights[0].mul_(2)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_large_layers_through_the_other_library_give_the_same(activation, monkeypatch):
+    """Products of 130 x 160 x 160 numbers and more; the library is asked for on any processor."""
+    monkeypatch.setattr(continuous_networks, "onednn_pays", lambda: True)
+    torch.manual_seed(0)
+    stack = StackedMLP([5, 160, 160, 1], members=2, activation=activation)
+    x, results = torch.randn(130, 5), []
+    weights = torch.randn(2, 130, 1)
+    for limit in (0, 2**40):  # every product, and none
+        monkeypatch.setattr(continuous_networks, "MIN_PRODUCTS", limit)
+        inputs = x.clone().requires_grad_()
+        stack.zero_grad()
+        output = stack(inputs)
+        (output * weights).sum().backward()
+        results.append([output, inputs.grad, *(parameter.grad.clone() for parameter in stack.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

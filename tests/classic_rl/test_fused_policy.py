@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 from torch.testing import assert_close
 
+from classic_rl import networks
 from classic_rl.networks import NetworkConfig
 from classic_rl.policy import ActorCritic
 from rlhf.training.optimizer import FlatParameters
@@ -109,3 +110,18 @@ def test_masks_of_valid_actions_are_respected():
     own, theirs = (policy({**inputs, "action_masks": masks}, taken) for policy in (fused, plain))
     assert_close(own.log_probs, theirs.log_probs)
     assert not torch.allclose(own.log_probs, fused(inputs, taken).log_probs)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_large_layers_through_the_other_library_give_the_same(activation, monkeypatch):
+    monkeypatch.setattr(networks, "onednn_pays", lambda: True)
+    network = networks.MLP([5, 160, 160, 2], activation=activation)
+    x, results = torch.randn(130, 5), []
+    for limit in (0, 2**40):  # every product, and none
+        monkeypatch.setattr(networks, "MIN_PRODUCTS", limit)
+        network.zero_grad()
+        output = network(x)
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad.clone() for parameter in network.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
