@@ -1,17 +1,17 @@
-"""CartPole PPO, ours against Stable-Baselines3: equal hyperparameters, environment, budget, one thread, taking turns.
+"""Classic control against Stable-Baselines3 and CleanRL: equal environment, hyperparameters, steps; one thread each.
 
-    python benchmarks/classic.py                    # writes benchmarks/results/classic.{md,json}
-    python benchmarks/classic.py --steps 20000 --repetitions 3
+    python benchmarks/classic.py                                  # every case, three seeds: about half an hour
+    python benchmarks/classic.py ppo_cartpole --seeds 0 1 2 3 4
+    python benchmarks/classic.py --cleanrl cleanrl-0.4.8/cleanrl  # with CleanRL's scripts; classic_cleanrl.py says how
 
-Both sides: CartPole-v1, 4 environments x 128 steps, minibatches of 128, 4 epochs, separate 2x64 tanh networks with
-orthogonal weights, Adam 2.5e-4 (epsilon 1e-5), clip 0.2, gradient norm 0.5, discount 0.99, lambda 0.95, advantages
-standardized per minibatch, no value clip, no entropy bonus. Stable-Baselines3 runs twice: over `make_vec_env`, as its
-users call it, and over a plain `DummyVecEnv`, its fastest form (it has no use for CartPole's own vector form, which
-resets on the next step). Ours runs through the loop that users run, files and final checkpoint included.
+The cases stand in `classic_cases.py`, each a recipe's config. The sides of a case take turns, seed by seed, after one
+short warm-up. Stable-Baselines3 runs over a plain `DummyVecEnv`, its fastest form, and where that makes a difference
+also over `make_vec_env`, as its users call it. Ours runs through the loop that users run, files and final checkpoint
+included. A step is one that the policy acted in: the reset steps of our vector environments are not counted.
 
-Time is wall time of the training call, after one warm-up of each side. A step is one that the policy acted in: our
-vector environment's reset steps are not counted. Returns are greedy means over 20 episodes after training, one seed per
-repetition.
+Results are kept in benchmarks/results/classic.json trial by trial; a further call adds its seeds, or replaces them, and
+writes classic.md from all of them. Two clocks are kept: CPU time of the process, which other work on the machine
+disturbs least, and wall time.
 """
 
 from __future__ import annotations
@@ -19,163 +19,138 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"  # before torch and NumPy read it
 
-import gymnasium
-import torch
-from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+import stable_baselines3
+from classic_cases import CASES, Case, Trial, ours, plain, stable_baselines, steps_of, usual
 
-from classic_rl.collector import CollectSteps
-from classic_rl.environments import EnvironmentConfig
-from classic_rl.episodes import make_collector
-from classic_rl.evaluation import evaluate
-from classic_rl.policy import ActorCritic
-from rlhf.core.algorithm import AlgorithmConfig, Clipped, Gae, SquaredValueLoss
+from classic_rl.threads import limit_threads
 from rlhf.training.environment import describe_environment
-from rlhf.training.learner import Learner
-from rlhf.training.loop import optimize_policy
-from rlhf.training.run import Run
-from rlhf.training.run_config import RunConfig
-from rlhf.training.update_config import UpdateConfig
 
-ENVIRONMENT, NUM_ENVS, LENGTH, MINIBATCH, EPOCHS = "CartPole-v1", 4, 128, 128, 4
-LEARNING_RATE, CLIP, GRADIENT_NORM, DISCOUNT, LAMBDA = 2.5e-4, 0.2, 0.5, 0.99, 0.95
 RESULTS = Path(__file__).parent / "results"
-
-Trial = tuple[float, float]
-"""(environment steps per second, greedy mean return)."""
+SIDES = {"ours": "ours", "plain": "SB3 DummyVecEnv", "usual": "SB3 make_vec_env", "cleanrl": "CleanRL"}
 
 
-def ours(steps: int, seed: int) -> Trial:
-    """Train and judge with this project."""
-    environment = EnvironmentConfig(id=ENVIRONMENT, num_envs=NUM_ENVS)
-    algorithm = AlgorithmConfig(
-        advantages=Gae(discount=DISCOUNT, gae_lambda=LAMBDA, standardize="minibatch"),
-        surrogate=Clipped(clip_low=CLIP, clip_high=CLIP),
-        # Ours is coefficient x 1/2 (V - R)^2, Stable-Baselines3's vf_coef x (V - R)^2 with vf_coef 0.5.
-        value_loss=SquaredValueLoss(coefficient=1.0),
-        epochs=EPOCHS,
-        minibatches=NUM_ENVS * LENGTH // MINIBATCH,
-    )
-    update = UpdateConfig(
-        learning_rate=LEARNING_RATE,
-        optimizer="adam",
-        max_grad_norm=GRADIENT_NORM,
-        shuffle="actions",
-        flatten_parameters=True,
-    )
-    spaces = gymnasium.make(ENVIRONMENT)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = RunConfig(directory=str(Path(folder) / "run"), seed=seed, log_every=10**9, progress_bar=False)
-        started = time.perf_counter()
-        policy = ActorCritic(spaces.observation_space, spaces.action_space, seed=seed)
-        learner = Learner(policy, algorithm, update, seed=seed)
-        collector = make_collector(CollectSteps(steps=LENGTH), policy, environment, algorithm, seed=seed)
-        iterations = -(-steps // (NUM_ENVS * LENGTH))
-        optimize_policy(collector, learner, Run(settings, resolved=algorithm, iterations=iterations, recipe="classic"))
-        seconds = time.perf_counter() - started
-    return collector.total_env_steps / seconds, evaluate(policy, environment)["return_mean"]
+def sides_of(case: Case, folder: Path | None) -> list[str]:
+    """Who takes part."""
+    sides = ["ours"]
+    if case.with_sb3:
+        sides += ["plain", "usual"] if case.recipe == "on_policy" else ["plain"]
+    return [*sides, "cleanrl"] if case.cleanrl is not None and folder is not None else sides
 
 
-def stable_baselines(make: Callable[[int], VecEnv]) -> Callable[[int, int], Trial]:
-    """Return a trial of Stable-Baselines3 over the environments that `make(seed)` makes."""
+def run_side(side: str, case: Case, config: Any, seed: int, folder: Path | None) -> Trial:
+    """One trial."""
+    steps = steps_of(case, config)
+    match side:
+        case "ours":
+            return ours(case, config, seed)
+        case "cleanrl":
+            return cleanrl(case, config.environment.id, steps=steps, seed=seed, folder=folder)
+    return stable_baselines(case, config, seed, make=plain if side == "plain" else usual, total_steps=steps)
 
-    def trial(steps: int, seed: int) -> Trial:
-        started = time.perf_counter()
-        model = PPO(
-            "MlpPolicy",
-            make(seed),
-            learning_rate=LEARNING_RATE,
-            n_steps=LENGTH,
-            batch_size=MINIBATCH,
-            n_epochs=EPOCHS,
-            gamma=DISCOUNT,
-            gae_lambda=LAMBDA,
-            clip_range=CLIP,
-            ent_coef=0.0,
-            vf_coef=0.5,
-            max_grad_norm=GRADIENT_NORM,
-            seed=seed,
-            device="cpu",
+
+def cleanrl(case: Case, identifier: str, *, steps: int, seed: int, folder: Path | None) -> Trial:
+    """One trial of a CleanRL script in a process of its own."""
+    assert folder is not None
+    assert case.cleanrl is not None
+    script, *arguments = case.cleanrl.split()
+    command = [sys.executable, str(Path(__file__).with_name("classic_cleanrl.py")), str((folder / script).resolve())]
+    command += ["--gym-id", identifier, "--total-timesteps", str(steps), "--seed", str(seed + 1), "--cuda", "False"]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run(
+            [*command, *arguments], cwd=elsewhere, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        model.learn(total_timesteps=steps)
-        seconds = time.perf_counter() - started
-        judge = make_vec_env(ENVIRONMENT, n_envs=20, seed=1_000_000)
-        returns, _ = evaluate_policy(model, judge, n_eval_episodes=20, deterministic=True)
-        return model.num_timesteps / seconds, float(returns)
-
-    return trial
+    return Trial(**json.loads(done.stdout.decode().splitlines()[-1]))
 
 
-SIDES: dict[str, Callable[[int, int], Trial]] = {
-    "ours": ours,
-    "SB3 make_vec_env": stable_baselines(lambda seed: make_vec_env(ENVIRONMENT, n_envs=NUM_ENVS, seed=seed)),
-    "SB3 DummyVecEnv": stable_baselines(lambda _: DummyVecEnv([lambda: gymnasium.make(ENVIRONMENT)] * NUM_ENVS)),
-}
+def compare(name: str, arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Let the sides of a case take turns, and keep what comes out."""
+    case = CASES[name]
+    sides = sides_of(case, arguments.cleanrl)
+    own = record.setdefault(name, {})
+    if not arguments.no_warm_up:
+        warm = case.load(steps=2000)
+        for side in sides:
+            if side != "cleanrl":
+                run_side(side, case, warm, 0, arguments.cleanrl)
+    config = case.load(steps=arguments.steps)
+    for seed in arguments.seeds:
+        for side in sides:
+            trial = run_side(side, case, config, seed, arguments.cleanrl)
+            own.setdefault(side, {})[str(seed)] = trial._asdict()
+            speed, cpu = trial.steps / trial.wall_seconds, trial.steps / trial.cpu_seconds
+            print(
+                f"{name:<22} seed {seed}  {SIDES[side]:<17} {speed:8.0f} steps/s {cpu:8.0f} of CPU  "
+                f"return {trial.greedy_return:8.1f}",
+                flush=True,
+            )
 
 
-def compare(steps: int, repetitions: int) -> dict[str, list[Trial]]:
-    """Let the sides take turns."""
-    trials: dict[str, list[Trial]] = {name: [] for name in SIDES}
-    for repetition in range(-1, repetitions):
-        for name, trial in SIDES.items():
-            if repetition < 0:
-                trial(2 * NUM_ENVS * LENGTH, 0)  # warm-up: imports, allocator, branch caches
-                continue
-            trials[name].append(trial(steps, repetition))
-            speed, returns = trials[name][-1]
-            print(f"repetition {repetition}  {name:<17} {speed:8.0f} env-steps/s  return {returns:6.1f}", flush=True)
-    return trials
+def row(name: str, side: str, record: dict[str, Any]) -> str:
+    """One line of the table: medians over seeds, and of the ratios of the same seed's runs."""
+    trials, ours_by_seed = record[name][side], record[name]["ours"]
+    speed = {seed: one["steps"] / one["wall_seconds"] for seed, one in trials.items()}
+    cells = [f"{median(speed.values()):,.0f}"]
+    for clock in ("cpu_seconds", "wall_seconds"):
+        ratios = [
+            (trials[seed][clock] / trials[seed]["steps"]) / (own[clock] / own["steps"])
+            for seed, own in ours_by_seed.items()
+            if seed in trials
+        ]
+        cells.append("1" if side == "ours" else f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    returns = [one["greedy_return"] for one in trials.values()]
+    cells += [f"{mean(returns):.1f}", ", ".join(f"{value:.0f}" for value in returns)]
+    steps = next(iter(trials.values()))["steps"]
+    target = f"{CASES[name].target:g}" if side != "ours" else ""
+    return f"| {name} | {steps:,} | {SIDES[side]} | " + " | ".join(cells) + f" | {target} |"
 
 
-def table(trials: dict[str, list[Trial]], steps: int) -> str:
-    """Markdown with medians, ratios of medians and returns."""
-    from stable_baselines3 import __version__ as version
-
-    speeds = {name: [speed for speed, _ in rows] for name, rows in trials.items()}
+def table(record: dict[str, Any]) -> str:
+    """Markdown of everything measured so far."""
     lines = [
-        f"# CartPole-v1 PPO against Stable-Baselines3 {version}, one thread, {steps:,} steps per run",
+        f"# Classic control against Stable-Baselines3 {stable_baselines3.__version__} and CleanRL 0.4.8, one thread",
         "",
-        "Written by `python benchmarks/classic.py`; the hyperparameters stand in that file.",
+        "Written by `python benchmarks/classic.py CASE --seeds ...`; the hyperparameters stand in `classic_cases.py`.",
         "",
-        "| side | env-steps/s, median (min to max) | ours / this | greedy return, mean over seeds | per seed |",
-        "|---|---|---|---|---|",
+        "| case | steps | side | steps/s | theirs / ours, CPU time | theirs / ours, wall time | greedy return | each "
+        "| wanted |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, rows in trials.items():
-        returns = [value for _, value in rows]
-        ratio = median(mine / theirs for mine, theirs in zip(speeds["ours"], speeds[name], strict=True))
-        lines.append(
-            f"| {name} | {median(speeds[name]):,.0f} ({min(speeds[name]):,.0f} to {max(speeds[name]):,.0f}) "
-            f"| {ratio:.2f} | {mean(returns):.1f} | {', '.join(f'{value:.0f}' for value in returns)} |"
-        )
+    for name in CASES:
+        lines += [row(name, side, record) for side in SIDES if side in record.get(name, {})]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50_000, help="environment steps per run")
-    parser.add_argument("--repetitions", type=int, default=5, help="runs of each side, one seed each")
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="which; all by default")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each side per seed")
+    parser.add_argument("--steps", type=int, default=None, help="environment steps per run instead of the case's own")
+    parser.add_argument("--cleanrl", type=Path, default=None, help="folder of CleanRL's scripts")
+    parser.add_argument("--no-warm-up", action="store_true", help="skip the short first run of each side")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    trials = compare(arguments.steps, arguments.repetitions)
-    text = table(trials, arguments.steps)
-    print(f"\n{text}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "classic.md").write_text(text, encoding="utf-8")
-    record = {"steps": arguments.steps, "trials": trials, "environment": describe_environment()}
-    (arguments.output / "classic.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    limit_threads(1)
+    file = arguments.output / "classic.json"
+    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    record = written.get("cases", {})
+    for name in arguments.cases or CASES:
+        compare(name, arguments, record)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        kept = {"environment": describe_environment(), "cases": record}
+        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        (arguments.output / "classic.md").write_text(table(record), encoding="utf-8")
+    print(f"\n{table(record)}")
 
 
 if __name__ == "__main__":
