@@ -8,6 +8,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
+from rlhf.data.dialogues import split_dialogue
 from rlhf.data.records import Text, check_text, is_chat, read_text
 from rlhf.data.settings import DataConfig
 from rlhf.errors import ConfigError, DataError
@@ -54,7 +55,7 @@ def _compile(name: str, source: str) -> Derivation:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters.update(from_json=json.loads, log=math.log, logit=_logit)
+    environment.filters.update(from_json=json.loads, log=math.log, logit=_logit, dialogue=split_dialogue)
     try:
         if "{{" in source or "{%" in source:
             return environment.from_string(source).render

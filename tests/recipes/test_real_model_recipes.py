@@ -8,7 +8,7 @@ import yaml
 
 from rlhf.commands.recipes import find_recipe, import_recipe
 from rlhf.config import load_config
-from rlhf.data.loading import load_demonstrations
+from rlhf.data.loading import load_demonstrations, load_prompts
 from rlhf.errors import ModelError
 from rlhf.lm.loading import ModelConfig, load_causal_lm, load_tokenizer
 from tests.reward_models.test_recipe import byte_tokenizer
@@ -20,9 +20,14 @@ CONFIGS = [
     ("ppo_rlhf", "gsm8k_qwen"),
     ("ppo_rlhf", "gsm8k_qwen_1.5b"),
     ("ppo_rlhf", "tldr_qwen"),
+    ("ppo_rlhf", "hh_qwen"),
+    ("grpo", "reasoning_gym"),
     ("sft", "ultrachat_llama"),
     ("sft", "tldr_qwen"),
     ("reward_model", "tldr_qwen"),
+    ("reward_model", "hh_qwen"),
+    ("reward_model", "ultrafeedback"),
+    ("reward_model", "nectar"),
 ]
 SMALL_RL = ["iterations=2", "mixed_precision=no", "collector.prompts_per_iteration=2", "prompts.held_out=2"]
 SMALL_RL += ["collector.generation_prompts=2", "collector.sampling.max_completion_length=4", "update.warmup_fraction=0"]
@@ -39,6 +44,8 @@ GSM8K = {"question": "Tom has 2 apples and eats 1. How many are left?", "answer"
 COUNTDOWN = {"target": 98, "nums": [44, 19, 35]}
 TLDR = {"prompt": "SUBREDDIT: r/x\n\nPOST: I lost my cat.\n\nTL;DR:", "completion": " I lost my cat."}
 PREFERENCE = {"prompt": TLDR["prompt"], "chosen": TLDR["completion"], "rejected": " cat."}
+HH = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes?\n\nHuman: Why is the sky blue?\n\nAssistant: Because of the air."}
+HH["rejected"] = HH["chosen"].replace("Because of the air.", "Who knows.")
 MESSAGES = [
     {"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(["Hi", "Hello!", "?", "Ok."])
 ]
@@ -153,6 +160,23 @@ def test_tldr_goes_from_sft_over_the_reward_model_to_ppo(model, tmp_path):
     ppo = [f"prompts.data.path={texts}", "prompts.held_out_data=null", f"reward.arguments.folder={reward}"]
     ppo += [start, f"critic.start={reward}", "algorithm.minibatches=2"]
     assert run("ppo_rlhf", "tldr_qwen", tmp_path / "ppo", *ppo, *SMALL_RL)["iterations"] == 2
+
+
+@pytest.mark.slow
+def test_hh_goes_from_the_reward_model_to_ppo(model, tmp_path):
+    pairs = tmp_path / "hh.jsonl"
+    lines = [{name: text.replace("Hi?", f"Hi {index}?") for name, text in HH.items()} for index in range(8)]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge = [f"data.path={pairs}", "held_out=0.25", "training.precision=float32", "training.batch_prompts=3"]
+    judge += ["training.microbatch_prompts=3", f"model.path={model}"]
+    assert run("reward_model", "hh_qwen", tmp_path / "judge", *judge)["iterations"] == 2
+    reward = tmp_path / "judge" / "reward_model"
+    ppo = [f"prompts.data.path={pairs}", "prompts.held_out_data=null", f"reward.arguments.folder={reward}"]
+    ppo += [f"model.path={model}", f"critic.start={reward}", "algorithm.minibatches=2"]
+    _, config = read("ppo_rlhf", "hh_qwen", *ppo)
+    prompt = load_prompts(config.prompts.data)[0].prompt
+    assert [message["role"] for message in prompt] == ["user", "assistant", "user"]
+    assert run("ppo_rlhf", "hh_qwen", tmp_path / "ppo", *ppo, *SMALL_RL)["iterations"] == 2
 
 
 def test_a_pad_token_is_taken_from_the_vocabulary(tmp_path):
