@@ -31,8 +31,8 @@ class DataConfig(Config):
     already has our name is replaced."""
     derive: dict[str, str] = {}
     """Our name -> a Jinja template over the row's columns ("{{ Body }} {{ Question }}", giving a string), or, without
-    braces, a Jinja expression (`[response1, response2]`, giving any value). Further filters: `from_json`, `log`, `logit`,
-    and `dialogue`, which cuts a text of "Human:" and "Assistant:" turns into chat messages."""
+    braces, a Jinja expression (`[response1, response2]`, giving any value). Further filters: `from_json`, `log`,
+    `logit`, and `dialogue`, which cuts a text of "Human:" and "Assistant:" turns into chat messages."""
     keep: list[str] | None = None
     """Which further columns prompts pass on to reward functions; None passes all."""
     chat: bool = False
