@@ -143,7 +143,8 @@ class Learner:
         rate = schedules.learning_rate(self.config, progress=progress, progress_step=progress_step)
         scale = schedules.clip_scale(self.config, progress=progress)
         self._optimizer.set_learning_rate(rate)
-        self._model.train()
+        if not self._model.training:  # it visits every submodule
+            self._model.train()
         if self._optimizer.flat is not None:
             self._optimizer.flat.require_connected()
         experience = _on_device(experience, self.accelerator.device)

@@ -83,13 +83,15 @@ class JsonLines:
 
 def jsonable(value: Any) -> Any:
     """Return `value` with floats that are not finite as None, and numbers of numpy and torch as python's."""
+    if type(value) is float:
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
     if hasattr(value, "tolist"):
         return jsonable(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value
 
 
 class ConsoleLog:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 import torch.distributed as dist
@@ -209,22 +209,36 @@ class PolicyOptimizer:
 
 @torch.no_grad()
 def step_alone(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """`optimizer.step()` for an optimizer of one parameter, without what torch does around Adam's one operation.
+    """`optimizer.step()` for an optimizer of one parameter, without what torch does around its few operations.
 
-    Hooks, profiling and grouping by device take several times as long as the fused step of a small network.
+    Hooks, profiling and grouping by device take several times as long as the step of a small network itself.
     """
     group, state = optimizer.param_groups[0], optimizer.state.get(parameter)
-    kernel = _FUSED.get(type(optimizer))
+    kernel, plain_rmsprop = _FUSED.get(type(optimizer)), type(optimizer) is torch.optim.RMSprop
+    known = (kernel is not None and group["fused"]) or (
+        plain_rmsprop and not (group["centered"] or group["momentum"] or group["maximize"] or group["differentiable"])
+    )
     # The first step makes the state.
-    if kernel is None or not state or not group["fused"] or parameter.grad is None or parameter.device.type != "cpu":
+    if not known or not state or parameter.grad is None or parameter.device.type != "cpu":
         optimizer.step()
         return
     state["step"] += 1
+    if kernel is None:
+        _rmsprop(parameter, parameter.grad, state["square_avg"], group)
+        return
     kernel(
         [parameter], [parameter.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
         lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
         eps=group["eps"], amsgrad=False, maximize=False,
     )  # fmt: skip
+
+
+def _rmsprop(parameter: Tensor, gradient: Tensor, square: Tensor, group: dict[str, Any]) -> None:
+    """v <- a v + (1 - a) g^2, theta <- theta - rate g / (sqrt(v) + epsilon), in torch's own operations."""
+    if group["weight_decay"]:
+        gradient = gradient.add(parameter, alpha=group["weight_decay"])
+    square.mul_(group["alpha"]).addcmul_(gradient, gradient, value=1 - group["alpha"])
+    parameter.addcdiv_(gradient, square.sqrt().add_(group["eps"]), value=-group["lr"])
 
 
 _FUSED = {
