@@ -234,7 +234,7 @@ def step_alone(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Non
 
 
 def _rmsprop(parameter: Tensor, gradient: Tensor, square: Tensor, group: dict[str, Any]) -> None:
-    """v <- a v + (1 - a) g^2, theta <- theta - rate g / (sqrt(v) + epsilon), in torch's own operations."""
+    """RMSprop: v <- a v + (1 - a) g^2, theta <- theta - rate g / (sqrt(v) + epsilon), in torch's own operations."""
     if group["weight_decay"]:
         gradient = gradient.add(parameter, alpha=group["weight_decay"])
     square.mul_(group["alpha"]).addcmul_(gradient, gradient, value=1 - group["alpha"])
