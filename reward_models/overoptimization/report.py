@@ -22,10 +22,10 @@ from rlhf.lm.overoptimization_report import (
 )
 
 WAYS = {
-    "single": "best of n by one reward model",
-    "mean": "best of n by the ensemble's mean",
-    "worst_case": "best of n by the ensemble's worst case",
-    "mean_minus_variance": "best of n by mean minus variance",
+    "single": "best of n",
+    "mean": "best of n, ensemble's mean",
+    "worst_case": "best of n, worst case",
+    "mean_minus_variance": "best of n, mean less variance",
 }
 FIELDS = ("kl", "gold", "proxy", "gold_error")
 
@@ -78,14 +78,16 @@ def report(
 
 
 def _panels(best: Group, curves: Group, variants: Mapping[str, Variant]) -> list[Panel]:
-    """Best-of-n; policies that differ in the KL coefficient; and, beside what they are to help, the remedies."""
+    """Best-of-n; policies that differ in the KL coefficient; the remedies, beside what they are to help."""
     leashed = {name: runs for name, runs in curves.items() if not variants[name].is_remedy}
     remedies = {name: runs for name, runs in curves.items() if variants[name].is_remedy}
-    panels = [Panel("best of n", "best_of_n", best)]
+    single = {name: runs for name, runs in best.items() if name == WAYS["single"]}
+    panels = [Panel("best of n answers of the start", "best_of_n", best)]
     if leashed:
-        panels.append(Panel("one reward model, KL coefficients", "rl", leashed))
+        panels.append(Panel("RL against one reward model, by KL coefficient", "rl", leashed, beside=single))
     if remedies:
-        panels.append(Panel("remedies", "rl", remedies))
+        loosest = dict(sorted(leashed.items(), key=lambda item: variants[item[0]].kl_coefficient)[:1])
+        panels.append(Panel("RL with remedies", "rl", remedies, beside=loosest))
     return panels
 
 
@@ -104,9 +106,9 @@ def _start_line(starts: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"Reward models: {len(starts[0]['accuracy'])} for each of {len(starts)} seeds, from {rankings} rankings; "
         f"accuracy on held-out pairs {np.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f}). "
-        "Mean ± standard deviation over seeds; a peak is the best of a run's measurements. Over-optimized: gold ends "
-        "more than two standard errors below its peak, and the proxy above what it was there. Alpha, beta: the fit "
-        "through the points of all seeds, of the gold score's gain over the start."
+        "Mean ± standard deviation over seeds; a peak is the best of a run's measurements. Gain lost: how much of the "
+        "gain at the peak is gone at the end. Over-optimized: more than half of it, while the proxy rises further. "
+        "Alpha, beta, R², residual: the fit of the gold score's gain through the points of all seeds."
     )
 
 
@@ -131,6 +133,7 @@ def _summary(curves: Group) -> dict[str, float]:
             "gold_end": lambda curve: curve.gold[-1],
             "proxy_end": lambda curve: curve.proxy[-1],
             "kl_end": lambda curve: curve.kl[-1],
+            "gain_lost": lambda curve: curve.lost,
             "overoptimized": lambda curve: curve.overoptimized,
         }.items()
     }

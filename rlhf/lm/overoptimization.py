@@ -127,7 +127,7 @@ class Curve:
         kl: Nats per answer; the first is that of the start, 0.
         gold: Mean gold score.
         proxy: Mean of what is optimized.
-        gold_errors: Standard errors of the gold means.
+        gold_errors: Standard errors of the gold means, over prompts.
     """
 
     kl: list[float]
@@ -146,14 +146,21 @@ class Curve:
         return int(np.argmax(self.gold))
 
     @property
-    def overoptimized(self) -> bool:
-        """Whether gold ends more than two standard errors below its peak while the proxy ends above what it was there.
+    def lost(self) -> float:
+        """Share of the gain at the peak that is gone at the end: 0 where it ends at its peak, 1 where it is all gone.
 
-        The errors are taken as independent. They are not quite (all evaluations answer the same prompts), and the
-        peak is the best of several; both are small beside the falls that count.
+        Above 1 the end is worse than the start; NaN where there never was a gain.
         """
-        errors = math.hypot(self.gold_errors[self.peak], self.gold_errors[-1])
-        return self.gold[self.peak] - self.gold[-1] > 2 * errors and self.proxy[-1] > self.proxy[self.peak]
+        gain = self.gains[self.peak]
+        return (gain - self.gains[-1]) / gain if gain > 0 else math.nan
+
+    @property
+    def overoptimized(self) -> bool:
+        """Whether more than half of the gain is lost by the end, while the proxy ends above what it was at the peak.
+
+        Half, because the peak is the best of noisy measurements: a run that stays where it is ends a little below it.
+        """
+        return self.lost > 0.5 and self.proxy[-1] > self.proxy[self.peak]
 
     def fit(self, form: Form) -> Fit:
         """The gain over the start, fitted."""

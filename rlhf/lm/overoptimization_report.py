@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ class Panel:
         title: Above it.
         form: What is fitted to its gold scores.
         curves: Its lines.
-        note: Below the axis.
+        beside: Lines of other panels to compare with, drawn in grey and without a fit.
     """
 
     title: str
     form: Form
     curves: Group
-    note: str = "sqrt(KL to the start), KL in nats per answer"
+    beside: Group = field(default_factory=dict)
 
 
 def pooled_fit(curves: Sequence[Curve], form: Form) -> Fit | None:
@@ -47,7 +47,7 @@ def pooled_fit(curves: Sequence[Curve], form: Form) -> Fit | None:
 def run_table(panels: Sequence[Panel]) -> str:
     """A row per line of the figure: means over seeds, and the fit through the points of all seeds."""
     header = ["optimized by", "gold: start", "peak", "end", "sqrt(KL): peak", "end", "proxy: peak", "end"]
-    header += ["over-optimized", "alpha", "beta", "R²", "residual"]
+    header += ["gain lost", "over-optimized", "alpha", "beta", "R²", "residual"]
     rows = []
     for panel in panels:
         for name, curves in panel.curves.items():
@@ -64,6 +64,7 @@ def run_table(panels: Sequence[Panel]) -> str:
                     _spread([curve.distances[-1] for curve in curves]),
                     _spread([curve.proxy[i] for curve, i in zip(curves, at_peak, strict=True)]),
                     _spread([curve.proxy[-1] for curve in curves]),
+                    f"{np.mean([curve.lost for curve in curves]):.0%}",
                     f"{fallen} of {len(curves)}",
                     *([f"{v:.3f}" for v in (fit.alpha, fit.beta, fit.r_squared, fit.residual)] if fit else ["-"] * 4),
                 ]
@@ -149,28 +150,38 @@ def draw(panels: Sequence[Panel], file: Path, *, gold_label: str, proxy_label: s
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(
-        2, len(panels), figsize=(4.9 * len(panels), 7.2), squeeze=False, sharey="row", layout="constrained"
+        2,
+        len(panels),
+        figsize=(4.9 * len(panels), 7.2),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
     )
     for column, panel in enumerate(panels):
-        gold, proxy = grid[0, column], grid[1, column]
-        for index, (name, curves) in enumerate(panel.curves.items()):
-            color = f"C{index}"
+        gold, proxy = grid[:, column]
+        greys = {name: (curves, str(0.3 + 0.3 * index)) for index, (name, curves) in enumerate(panel.beside.items())}
+        colored = {name: (curves, f"C{index}") for index, (name, curves) in enumerate(panel.curves.items())}
+        for name, (curves, color) in (greys | colored).items():
             for curve in curves:
-                gold.plot(curve.distances, curve.gold, ".-", color=color, alpha=0.45, linewidth=0.8, markersize=4)
-                proxy.plot(curve.distances, curve.proxy, ".-", color=color, alpha=0.45, linewidth=0.8, markersize=4)
-            _draw_fit(gold, curves, panel.form, color=color)
-            gold.plot([], [], "o-", color=color, markersize=4, label=name)
+                for axes, values in ((gold, curve.gold), (proxy, curve.proxy)):
+                    axes.plot(curve.distances, values, ".-", color=color, alpha=0.45, linewidth=0.8, markersize=4)
+            gold.plot([], [], ".-", color=color, label=name)
+            if name in colored:
+                _draw_fit(gold, curves, panel.form, color=color)
         shape = r"$d\,(\alpha - \beta d)$" if panel.form == "best_of_n" else r"$d\,(\alpha - \beta \log d)$"
         gold.plot([], [], "--", color="black", linewidth=1.8, label=f"fit: {shape}")
         gold.set_title(panel.title)
         gold.legend(fontsize=8)
-        proxy.set_xlabel(panel.note)
+        proxy.set_xlabel("d = sqrt(KL to the start), KL in nats per answer")
         for axes in (gold, proxy):
             axes.grid(alpha=0.3)
-            axes.set_xlim(left=0)
-    grid[0, 0].set_ylabel(gold_label)
+    grid[0, 0].set_xlim(left=0)
     grid[0, 0].set_ylim(bottom=0)
+    grid[0, 0].set_ylabel(gold_label)
     grid[1, 0].set_ylabel(proxy_label)
+    seeds = max(len(curves) for panel in panels for curves in panel.curves.values())
+    figure.suptitle(f"{seeds} seed{'s' * (seeds > 1)}, a thin line each; dashed: the fit through all of their points")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 

@@ -94,14 +94,17 @@ def test_a_curve_knows_its_peak_and_its_distances():
     assert one.distances == [0.0, 1.0, 2.0, 3.0]  # an estimate of -0.01 nats is 0
     assert one.peak == 2
     assert one.gains == pytest.approx([0.0, 0.3, 0.4, -0.1])
+    assert one.lost == pytest.approx(1.25)  # of .4 gained, .5 is lost
     assert one.overoptimized
+    assert math.isnan(curve([0.2, 0.1, 0.1, 0.0]).lost)  # there never was a gain
 
 
 @pytest.mark.parametrize(
     ("gold", "proxy"),
     [
         ([0.2, 0.4, 0.5, 0.6], [0, 1, 2, 3]),  # gold rises to the end
-        ([0.2, 0.4, 0.5, 0.48], [0, 1, 2, 3]),  # falls by .02, less than 2 x sqrt(2) x .01
+        ([0.2, 0.4, 0.6, 0.5], [0, 1, 2, 3]),  # a quarter of the gain is lost
+        ([0.2, 0.1, 0.1, 0.0], [0, 1, 2, 3]),  # there never was a gain to lose
         ([0.2, 0.5, 0.4, 0.1], [0, 2, 1, 0]),  # the proxy falls, too: that is a failing run
     ],
 )
@@ -123,12 +126,12 @@ def test_tables_hold_means_over_seeds_and_the_fit_of_all_seeds():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["kl_0", "0.200 ± 0.000", "0.600 ± 0.000", "0.150 ± 0.071"]  # sample deviation of .1 and .2
     assert cells[4] == "1.500 ± 0.707"  # peaks at d = 2 and d = 1
-    assert cells[8] == "2 of 2"
+    assert cells[8:10] == ["112%", "2 of 2"]  # lost: .5 of .4, and .4 of .4
     # By hand: points d = 1, 2, 3 with gains (.3, .4, -.1) and (.4, .3, 0), columns d and -d log d.
     columns = np.array([[d, -d * math.log(d)] for d in (1, 2, 3)] * 2)
     gains = np.array([0.3, 0.4, -0.1, 0.4, 0.3, 0.0])
     alpha, beta = np.linalg.solve(columns.T @ columns, columns.T @ gains)
-    assert cells[9:11] == [f"{alpha:.3f}", f"{beta:.3f}"]
+    assert cells[10:12] == [f"{alpha:.3f}", f"{beta:.3f}"]
     by_seed = seed_table(panels(), [4, 7]).splitlines()
     assert by_seed[0] == "| optimized by | seed 4 | seed 7 |"
     assert "| kl_0 | 0.200, 0.600 (4.0), 0.100 (9.0) | 0.200, 0.600 (1.0), 0.200 (9.0) |" in by_seed
