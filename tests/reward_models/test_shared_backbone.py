@@ -1,12 +1,17 @@
 """Policy, critic, reward model and reference on one backbone: the same numbers as with a body for each."""
 
+import json
+
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from torch import nn
 
 from reward_models.loading import make_reward_model, prepare_tokenizer
 from reward_models.scorer import RewardModelScorer
 from reward_models.shared_backbone import AdapterScorer
+from rlhf.commands.recipes import find_recipe, import_recipe
+from rlhf.config import validate
 from rlhf.errors import ModelError, RewardError
 from rlhf.lm.adapters import REWARD
 from rlhf.lm.critic import make_critic
@@ -124,3 +129,44 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match="another backbone"):
         AdapterScorer(reward).attach(lora_policy(tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_recipes_train_policy_critic_and_reward_model_on_one_backbone(tmp_path):
+    """SFT folder, then a reward model of adapters, then PPO with adapters for all, each from its recipe's settings."""
+    task = {"name": "vowel_words", "word_length": 4, "letters": 8, "train": 60, "held_out": 8}
+    quiet = {"progress_bar": False}
+    sft = {"model": {"config": MODEL}, "demonstrations": {"task": task}, "training": {"max_steps": 3}}
+    play("sft", {**sft, "run": {"directory": str(tmp_path / "sft"), **quiet}})
+    base = {"path": str(tmp_path / "sft/model"), "lora": {"rank": 2}}
+    judge = {"model": base, "task": task, "adapters": "keep", "training": {"learning_rate": 1e-2, "batch_prompts": 8}}
+    play("reward_model", {**judge, "run": {"directory": str(tmp_path / "judge"), **quiet}})
+    folder = str(tmp_path / "judge/reward_model")
+    settings = {
+        "model": base,
+        "critic": {"start": folder, "warmup_iterations": 1},
+        "prompts": {"task": task},
+        "reward": {"function": "reward_models.shared_backbone:AdapterScorer", "arguments": {"folder": folder}},
+        "collector": {"prompts_per_iteration": 8, "sampling": {"max_completion_length": 5}},
+        "update": {"learning_rate": 1e-2},
+        "iterations": 3,
+        "evaluation": {"samples_per_prompt": 1},
+        "run": {"directory": str(tmp_path / "ppo"), **quiet},
+    }
+    play("ppo_rlhf", settings)
+    lines = [json.loads(line) for line in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
+    assert [line["kl_to_ref"] == 0.0 for line in lines] == [True, True, False]  # the critic learned alone at first
+    # What the policy was paid while its adapters moved is what the reward model says with a body of its own.
+    samples = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").read_text().splitlines()]
+    alone = RewardModelScorer.from_pretrained(folder)
+    assert len(samples) > 6
+    for sample in samples:
+        assert sample["score"] == pytest.approx(alone([sample["prompt"]], [sample["completion"]])[0], abs=1e-5)
+    # Two sets of adapters are saved with the policy or not at all: the folder opens as the policy alone.
+    opened = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "ppo/model"))
+    assert set(opened.peft_config) == {"default"}
+
+
+def play(name, values):
+    recipe = import_recipe(find_recipe(name))
+    return recipe.main(validate(recipe.CONFIG, values))
