@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.core.algorithm import AlgorithmConfig
 from rlhf.data.tokenization import end_token_ids, require_special_tokens
 from rlhf.errors import ConfigError
+from rlhf.lm.backbone import unwrap_adapters
 from rlhf.lm.collector_config import CollectorConfig
 from rlhf.lm.critic import make_critic
 from rlhf.lm.generation import Generator, TransformersGenerator
@@ -25,6 +26,7 @@ from rlhf.lm.sources import SourceConfig, load_demonstration_sets
 from rlhf.rewards.combination import CombinedReward
 from rlhf.training.distributed import make_accelerator, on_main_process_first_failing
 from rlhf.training.run import Run
+from rlhf.training.sharding import whole_parameters
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Actors:
 
     def save(self, folder: str | Path, accelerator: Accelerator) -> None:
         """Write the policy as an ordinary model folder, on the main process."""
-        on_main_process_first_failing(accelerator, lambda: self.policy.save(folder, tokenizer=self.tokenizer))
+        with whole_parameters(self.policy):
+            on_main_process_first_failing(accelerator, lambda: self.policy.save(folder, tokenizer=self.tokenizer))
         accelerator.wait_for_everyone()
 
 
@@ -83,6 +86,8 @@ def make_actors(
         # The policy keeps its models in eval mode anyway; the learner asks for the probabilities themselves.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    # FSDP2 shards layer by layer and asks the module it is given, the policy, for the layers' class.
+    policy._no_split_modules = list(unwrap_adapters(language_model)._no_split_modules or [])
     writer = make_generator(language_model, tokenizer, config=generator, accelerator=accelerator, seed=seed)
     # Made before the first update: it is the policy as it is now.
     needs_reference = algorithm.needs_reference or keep_reference

@@ -48,6 +48,7 @@ from rlhf.lm.samples import Samples, judge_samples, sample_completions
 from rlhf.rewards.combination import CombinedReward
 from rlhf.rewards.protocol import RewardFunction
 from rlhf.training.distributed import gather_stack
+from rlhf.training.sharding import whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,10 @@ class PromptCollector:
             RewardError: The reward function failed.
             TrainingError: Dynamic sampling found too few groups, or masking left nothing to learn from.
         """
+        with whole_weights(self.policy):
+            return self._collect()
+
+    def _collect(self) -> Rollout:
         bring_up_to_date(self.generator)
         judged, metrics = self._judge_enough()
         groups = torch.arange(len(judged.scores)) // self.config.group_size

@@ -29,6 +29,7 @@ from rlhf.lm.reference import FrozenReference
 from rlhf.lm.rollout_metrics import Statistics, gather_metrics, measured_statistics, uniform_groups
 from rlhf.lm.sampling import SamplingConfig
 from rlhf.lm.text_environments import EnvironmentFactory
+from rlhf.training.sharding import whole_weights
 
 
 class EpisodeCollectorConfig(Config):
@@ -116,6 +117,10 @@ class EpisodeCollector:
             DataError: A conversation exceeds the model's context.
             RewardError: An environment broke its protocol.
         """
+        with whole_weights(self.policy):
+            return self._collect()
+
+    def _collect(self) -> Rollout:
         bring_up_to_date(self.generator)
         episodes = self._begin()
         play_episodes(

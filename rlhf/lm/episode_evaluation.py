@@ -14,6 +14,7 @@ from rlhf.lm.evaluation import NORMAL_95, mean_and_standard_error
 from rlhf.lm.generation import bring_up_to_date
 from rlhf.lm.prompt_stream import mix_seed
 from rlhf.training.distributed import gather_objects
+from rlhf.training.sharding import whole_weights
 
 
 class EpisodeEvaluationConfig(Config):
@@ -69,8 +70,9 @@ def make_episode_evaluation(
         }
 
     def evaluate() -> dict[str, float]:
-        bring_up_to_date(collector.generator)
-        metrics = play("greedy", greedy=True) if config.greedy else {}
-        return metrics | (play("sampled", greedy=False) if config.sampled else {})
+        with whole_weights(collector.policy):
+            bring_up_to_date(collector.generator)
+            metrics = play("greedy", greedy=True) if config.greedy else {}
+            return metrics | (play("sampled", greedy=False) if config.sampled else {})
 
     return evaluate

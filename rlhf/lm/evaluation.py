@@ -24,6 +24,7 @@ from rlhf.rewards.loading import load_reward
 from rlhf.rewards.protocol import RewardFunction, text_of
 from rlhf.training.distributed import gather_objects
 from rlhf.training.experiment import mean_and_interval
+from rlhf.training.sharding import whole_weights
 
 NORMAL_95 = 1.959964
 """Two-sided 95 % quantile of the standard normal distribution."""
@@ -320,16 +321,17 @@ def make_evaluation(
     """
 
     def evaluate() -> dict[str, float]:
-        return evaluate_policy(
-            collector.generator,
-            collector.tokenizer,
-            prompts=prompts,
-            rewards=rewards,
-            sampling=collector.config.sampling,
-            config=config,
-            max_prompt_length=collector.config.max_prompt_length,
-            device=collector.device,
-            accelerator=collector.accelerator,
-        )
+        with whole_weights(collector.policy):
+            return evaluate_policy(
+                collector.generator,
+                collector.tokenizer,
+                prompts=prompts,
+                rewards=rewards,
+                sampling=collector.config.sampling,
+                config=config,
+                max_prompt_length=collector.config.max_prompt_length,
+                device=collector.device,
+                accelerator=collector.accelerator,
+            )
 
     return evaluate

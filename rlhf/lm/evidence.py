@@ -19,6 +19,7 @@ from rlhf.lm.episode_collector import EpisodeCollector
 from rlhf.lm.judging import last_position
 from rlhf.training.distributed import gather_objects
 from rlhf.training.learner import Learner
+from rlhf.training.sharding import whole_weights
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def gather_evidence(
     mask, told = rollout.action_mask, rollout.metrics
     old, policy, settings = rollout.old_log_probs, learner.policy, collector.config
     again, is_random = _score_again(learner, rollout, rows, tokens=settings.measure_tokens)
+    with whole_weights(policy):
+        end = _end_log_prob(rollout, collector, rows=len(again))
     sampled = rollout.sampling_log_probs if rollout.sampling_log_probs is not None else old
     local = {
         "ratio": _moments(again - old[: len(again)], mask[: len(again)]),
@@ -115,7 +118,7 @@ def gather_evidence(
         "scores": rollout.scores.tolist(),
         "groups": [] if rollout.group_ids is None else rollout.group_ids.tolist(),
         "finite": bool(experience.advantages[mask].isfinite().all()),
-        "end": _end_log_prob(rollout, collector, rows=len(again)),
+        "end": end,
     }
     parts = gather_objects(learner.accelerator, local)
     scores = [score for part in parts for score in part["scores"]]

@@ -26,7 +26,7 @@ from rlhf.lm.ptx import ImitationLoss, PtxConfig, make_imitation
 from rlhf.lm.sft import SftConfig
 from rlhf.lm.sources import RewardConfig, SourceConfig, load_demonstration_sets, load_prompt_sets, make_reward
 from rlhf.lm.watch import Watch, WatchConfig
-from rlhf.training.distributed import make_accelerator, on_main_process_first_failing
+from rlhf.training.distributed import make_accelerator
 from rlhf.training.learner import Learner
 from rlhf.training.loop import Observer, optimize_policy
 from rlhf.training.run import Run
@@ -130,8 +130,8 @@ def fine_tune(config: FineTuningConfig, *, recipe: str) -> dict[str, float]:
     metrics = optimize_policy(collector, learner, run, observers=observers, critic_warmup=warmup)
     actors.save(run.directory / "model", accelerator)
     if average is not None:
-        folder = run.directory / "model_ema"
-        on_main_process_first_failing(accelerator, lambda: average.save(folder, tokenizer=tokenizer))
+        with average.in_place():
+            actors.save(run.directory / "model_ema", accelerator)
     return metrics
 
 

@@ -41,7 +41,7 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
     """Refuse set-ups in which the learner's gradients would not be what it says.
 
     Raises:
-        ConfigError: float16, DeepSpeed, Megatron or FSDP1.
+        ConfigError: float16, DeepSpeed, Megatron, FSDP1, or FSDP2 that loads weights itself.
     """
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ConfigError(
@@ -66,6 +66,14 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
             where="accelerate's settings",
             expected="fsdp_version: 2",
             remedy="Set fsdp_version to 2 in accelerate's config file.",
+        )
+    if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "every process has loaded the policy already, and loading it anew would untie its tied weights",
+            where="accelerate's settings",
+            got="fsdp_cpu_ram_efficient_loading: true",
+            expected="false",
+            remedy="Take recipes/accelerate/fsdp2.yaml.",
         )
 
 

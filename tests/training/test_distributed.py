@@ -22,6 +22,11 @@ def draws():
     return random.random(), float(np.random.rand()), torch.rand(1).item(), float(np.random.randn())
 
 
+def stand_in(kind, *, fsdp2=True, precision="bf16", loads=False):
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=loads))
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, mixed_precision=precision, state=state)
+
+
 @pytest.mark.parametrize(
     ("kind", "fsdp2", "precision", "message"),
     [
@@ -31,14 +36,19 @@ def draws():
     ],
 )
 def test_unsupported_set_ups_are_refused(kind, fsdp2, precision, message):
-    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, mixed_precision=precision)
+    accelerator = stand_in(kind, fsdp2=fsdp2, precision=precision)
     with pytest.raises(ConfigError, match=message):
         refuse_unsupported(accelerator)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.FSDP])
 def test_supported_set_ups_are_not(kind):
-    refuse_unsupported(SimpleNamespace(distributed_type=kind, is_fsdp2=True, mixed_precision="bf16"))
+    refuse_unsupported(stand_in(kind))
+
+
+def test_weights_that_accelerate_would_load_anew_are_refused():
+    with pytest.raises(ConfigError, match=r"fsdp2\.yaml"):
+        refuse_unsupported(stand_in(DistributedType.FSDP, loads=True))
 
 
 def test_a_seed_and_a_saved_state_repeat_all_draws():
