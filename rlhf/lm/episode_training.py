@@ -54,7 +54,8 @@ class EpisodeTrainingConfig(Config):
     watch: WatchConfig = WatchConfig()
     """Warnings on the way, and a KL budget that ends the run."""
     mixed_precision: Literal["no", "bf16", "auto"] | None = None
-    """As in `FineTuningConfig`."""
+    """bf16 runs forwards in bfloat16, the trained weights stay as they are; auto does where the GPU has it; null takes
+    the launcher's word."""
     run: RunConfig = RunConfig()
 
 

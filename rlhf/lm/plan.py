@@ -12,6 +12,7 @@ import torch
 
 from rlhf.errors import UserError
 from rlhf.lm.actors import pick_tokenizer
+from rlhf.lm.episode_collector import EpisodeCollectorConfig
 from rlhf.lm.footprint import ModelSize, measure_model
 from rlhf.lm.loading import ModelConfig
 from rlhf.lm.log_probs import default_chunk_tokens
@@ -38,9 +39,13 @@ def plan(config: Any, *, processes: int = 1) -> list[str]:
     reinforced = hasattr(config, "algorithm") and hasattr(config, "collector")
     if not isinstance(model, ModelConfig) or not (reinforced or hasattr(config, "demonstrations")):
         return []
-    source = config.prompts if reinforced else config.demonstrations
+    plays = reinforced and isinstance(config.collector, EpisodeCollectorConfig)
+    arithmetic = _episodes if plays else _rollouts if reinforced else _imitation
     lines = ["Batches" + (f", over {processes} processes" if processes > 1 else "")]
-    lines += [f"  {line}" for line in (_rollouts(config, processes) if reinforced else _imitation(config, processes))]
+    lines += [f"  {line}" for line in arithmetic(config, processes)]
+    if plays:
+        return [*lines, "Memory: not estimated for text environments", f"This machine: {machine()}"]
+    source = config.prompts if reinforced else config.demonstrations
     try:
         size = measure_model(model, pick_tokenizer(model, source) if model.config is not None else None)
         memory = rollout_memory(config, size, processes=processes) if reinforced else imitation_memory(config, size)
@@ -69,6 +74,25 @@ def _rollouts(config: Any, processes: int) -> Iterator[str]:
     yield (
         f"the run: {iterations:,} iterations = {iterations * prompts:,} prompts, {iterations * completions:,} "
         f"completions, at most {iterations * completions * length:,} tokens, {iterations * steps:,} optimizer steps"
+    )
+
+
+def _episodes(config: Any, processes: int) -> Iterator[str]:
+    collector, algorithm, iterations = config.collector, config.algorithm, config.iterations
+    starts, group, length = collector.starts_per_iteration, collector.group_size, collector.max_episode_length
+    episodes, steps = starts * group, algorithm.epochs * algorithm.minibatches
+    yield (
+        f"an iteration: {starts:,} start states x {group} = {episodes:,} episodes of at most {length:,} tokens after "
+        f"the first prompt, turns of at most {collector.sampling.max_completion_length:,}"
+        + (f"; a process has {math.ceil(starts / processes):,} start states" if processes > 1 else "")
+    )
+    yield (
+        f"an update: epochs x minibatches = {algorithm.epochs} x {algorithm.minibatches} = {steps:,} optimizer steps "
+        f"of {math.ceil(episodes / algorithm.minibatches):,} episodes"
+    )
+    yield (
+        f"the run: {iterations:,} iterations = {iterations * episodes:,} episodes, at most "
+        f"{iterations * episodes * length:,} tokens, {iterations * steps:,} optimizer steps"
     )
 
 

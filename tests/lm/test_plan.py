@@ -178,3 +178,25 @@ def test_what_is_explained_stands_in_comments_and_what_is_unknown_is_said(tmp_pa
 
 def test_other_recipes_have_no_plan():
     assert explain_plan(Config()) == ""
+
+
+def test_episodes_by_hand():
+    """6 start states x 2 = 12 episodes an iteration, 3 x 4 steps of 3 episodes, 5 iterations."""
+    module = import_recipe(find_recipe("text_environment"))
+    values = {
+        "model": {"config": MODEL},
+        "environment": {"function": "rlhf.lm.guessing:GuessingGame"},
+        "algorithm": {"preset": "ppo_rlhf", "epochs": 3, "minibatches": 4},
+        "collector": {
+            "starts_per_iteration": 6,
+            "group_size": 2,
+            "max_episode_length": 50,
+            "sampling": {"max_completion_length": 4},
+        },
+        "iterations": 5,
+    }
+    told = explain_plan(validate(module.CONFIG, values), processes=2)
+    assert "6 start states x 2 = 12 episodes of at most 50 tokens" in told
+    assert "a process has 3 start states" in told
+    assert "3 x 4 = 12 optimizer steps of 3 episodes" in told
+    assert "5 iterations = 60 episodes, at most 3,000 tokens, 60 optimizer steps" in told
