@@ -23,7 +23,8 @@ from rlhf.errors import ConfigError, ModelError
 
 _FORMAT = 1
 _AGENTS = {name: f"classic_rl.{name}" for name in ("dqn", "ddpg", "td3", "sac", "discrete_sac")}
-"""Where the off-policy agents live; each module has `load_policy(description, tensors)`."""
+_AGENTS |= dict.fromkeys(("table", "linear"), "classic_rl.tabular.policy")
+"""Where each type of agent lives; the module has `load_policy(description, tensors)`."""
 
 
 def save(folder: str | Path, policy: ActorCritic, *, normalizer: ObservationNormalizer | None = None) -> None:
@@ -49,7 +50,7 @@ def save(folder: str | Path, policy: ActorCritic, *, normalizer: ObservationNorm
 
 
 class SavableAgent(Protocol):
-    """What an off-policy agent tells of itself to be saved."""
+    """What an off-policy agent or a tabular solver tells of itself to be saved."""
 
     def policy_description(self) -> dict[str, Any]:
         """JSON with the key `type`, a key of `_AGENTS`, and all that its module's `load_policy` needs."""
@@ -61,7 +62,7 @@ class SavableAgent(Protocol):
 
 
 def save_agent(folder: str | Path, agent: SavableAgent) -> None:
-    """Write what acting greedily needs of an off-policy agent; `load` reads it without the environment."""
+    """Write what acting needs of an agent; `load` reads it without the environment."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in agent.policy_tensors().items()}
@@ -71,15 +72,17 @@ def save_agent(folder: str | Path, agent: SavableAgent) -> None:
 
 
 def load(folder: str | Path) -> Any:
-    """Read a folder that `save` or `save_agent` wrote.
+    """Read a folder that `save`, `save_agent` or AlphaZero's `BoardNetwork.save` wrote.
 
     Returns:
-        A `TrainedPolicy`, or an off-policy agent's own; either has `predict(observation, deterministic=True)`.
+        A `TrainedPolicy`, or the agent's own kind; each has `predict(observation, deterministic=True)`.
 
     Raises:
         ModelError: The folder lacks a file, or a file is not what `save` writes.
     """
     folder = Path(folder)
+    if (folder / "network.json").is_file():
+        return importlib.import_module("classic_rl.alphazero.trained").load_player(folder)
     for name in ("policy.json", "policy.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"no {name} in this folder", where=str(folder), remedy="Give a folder that a run saved.")

@@ -43,7 +43,7 @@ def main(config: AlphaZeroConfig) -> dict[str, float]:
     )
     run = Run(config.run, resolved=config, iterations=config.iterations, recipe="alphazero")
     metrics = learn(agent, run, matches=config.evaluation)
-    agent.network.save(run.directory / "network", name=config.game)
+    agent.network.save(run.directory / "network", name=config.game, search=config.self_play.search)
     return metrics
 
 

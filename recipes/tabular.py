@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from classic_rl.saving import save_agent
 from classic_rl.tabular.solving import Algorithm, TabularEnvironment, make_solver
 from rlhf.cli import launch
 from rlhf.config import Config
@@ -25,7 +26,7 @@ class TabularConfig(Config):
 
 
 def main(config: TabularConfig) -> dict[str, float]:
-    """Solve or learn; evaluate the greedy policy; write the values to `<run directory>/values.npz`."""
+    """Solve or learn; evaluate the greedy policy; save the policy and its values."""
     solver = make_solver(config.environment, config.algorithm, total_steps=config.total_steps, seed=config.run.seed)
     iterations = config.iterations if solver.learns else 1
     run = Run(config.run, resolved=config, iterations=iterations, recipe="tabular")
@@ -39,6 +40,7 @@ def main(config: TabularConfig) -> dict[str, float]:
         run.stopped()
         raise
     solver.save(run.directory / "values.npz")
+    save_agent(run.directory / "policy", solver)
     return run.finish()
 
 

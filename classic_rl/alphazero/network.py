@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from classic_rl.alphazero.games import GAMES, BoardGame, GameName
+from classic_rl.alphazero.search import SearchConfig
 from rlhf.config import Config
 from rlhf.errors import ModelError
 
@@ -66,13 +67,23 @@ class BoardNetwork(nn.Module):
         logits, values = self(torch.from_numpy(self.game.planes(boards)).to(device))
         return logits.softmax(-1).double().cpu().numpy(), values.double().cpu().numpy()
 
-    def save(self, folder: str | Path, *, name: GameName) -> None:
-        """Write `network.safetensors` and `network.json`."""
+    def save(self, folder: str | Path, *, name: GameName, search: SearchConfig | None = None) -> None:
+        """Write `network.safetensors` and `network.json`; `classic_rl.load` makes a player of them.
+
+        Args:
+            folder: Where.
+            name: Of the game.
+            search: How the player searches; None is the search's default.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()},
                   folder / "network.safetensors")  # fmt: skip
-        description = {"game": name, "network": self.config.model_dump(mode="json")}
+        description = {
+            "game": name,
+            "network": self.config.model_dump(mode="json"),
+            "search": (search or SearchConfig()).model_dump(mode="json"),
+        }
         (folder / "network.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -91,3 +102,9 @@ def load_network(folder: str | Path) -> BoardNetwork:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"not a saved network: {error}", where=str(folder)) from error
     return network
+
+
+def load_search(folder: str | Path) -> SearchConfig:
+    """Read how the saved network's player searches."""
+    description = json.loads((Path(folder) / "network.json").read_text(encoding="utf-8"))
+    return SearchConfig(**description.get("search", {}))

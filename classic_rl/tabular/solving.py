@@ -8,8 +8,11 @@ from typing import Any, Literal, Protocol
 
 import gymnasium
 import numpy as np
+import torch
 from pydantic import Field
+from torch import Tensor
 
+from classic_rl.spaces import space_to_json
 from classic_rl.tabular.control import (
     ControlLearner,
     DynaQ,
@@ -93,6 +96,14 @@ class Solver(Protocol):
         """Write the values."""
         ...
 
+    def policy_description(self) -> dict[str, Any]:
+        """What `classic_rl.tabular.policy` needs beside the tensors."""
+        ...
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        """What acting needs."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What going on needs."""
         ...
@@ -152,8 +163,20 @@ class PlannedSolver:
     def save(self, file: Path) -> None:
         """`values` [S], `action_values` [S, A], `policy` [S, A]."""
         assert self.solution is not None
-        q = action_values(self.mdp, self.solution.values, discount=self.config.discount)
-        np.savez(file, values=self.solution.values, action_values=q, policy=self.solution.policy)
+        np.savez(file, values=self.solution.values, action_values=self._action_values(), policy=self.solution.policy)
+
+    def _action_values(self) -> np.ndarray:
+        assert self.solution is not None
+        return action_values(self.mdp, self.solution.values, discount=self.config.discount)
+
+    def policy_description(self) -> dict[str, Any]:
+        """A table."""
+        return {"type": "table"}
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        """`policy` and `action_values`, [S, A]."""
+        assert self.solution is not None
+        return _tensors(policy=self.solution.policy, action_values=self._action_values())
 
     def state_dict(self) -> dict[str, Any]:
         """The solution."""
@@ -185,6 +208,14 @@ class LearnedSolver:
         """`action_values` [S, A], `policy` [S, A]."""
         np.savez(file, action_values=self.learner.action_values, policy=self.learner.policy)
 
+    def policy_description(self) -> dict[str, Any]:
+        """A table."""
+        return {"type": "table"}
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        """`policy` and `action_values`, [S, A]."""
+        return _tensors(policy=self.learner.policy, action_values=self.learner.action_values)
+
     def state_dict(self) -> dict[str, Any]:
         """The learner's."""
         return self.learner.state_dict()
@@ -214,6 +245,19 @@ class LinearSolver:
         """`weights` [A, F]."""
         np.savez(file, weights=self.learner.weights)
 
+    def policy_description(self) -> dict[str, Any]:
+        """Features and spaces."""
+        return {
+            "type": "linear",
+            "algorithm": self.learner.config.model_dump(mode="json"),
+            "observation_space": space_to_json(self.learner.environment.observation_space),
+            "action_space": space_to_json(self.learner.environment.action_space),
+        }
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        """`weights` [A, F]."""
+        return _tensors(weights=self.learner.weights)
+
     def state_dict(self) -> dict[str, Any]:
         """The learner's."""
         return self.learner.state_dict()
@@ -221,3 +265,7 @@ class LinearSolver:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The learner's."""
         self.learner.load_state_dict(state)
+
+
+def _tensors(**arrays: np.ndarray) -> dict[str, Tensor]:
+    return {name: torch.tensor(array) for name, array in arrays.items()}
