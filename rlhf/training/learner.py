@@ -41,6 +41,7 @@ from rlhf.training.preparation import (
     refuse_contradictions,
     refuse_dropout,
 )
+from rlhf.training.recording import RecordedLoss, can_record
 from rlhf.training.tally import Tally, measure_experience
 from rlhf.training.update_config import UpdateConfig
 
@@ -108,6 +109,8 @@ class Learner:
         self._limits = MicrobatchLimits(rows=update.microbatch_rows, tokens=update.microbatch_tokens)
         self._standardizes = getattr(algorithm.advantages, "standardize", "none") == "minibatch"
         self._model, self._optimizer = prepare_policy(policy, update, self.accelerator)
+        self._records = self._optimizer.flat is not None and can_record(algorithm, update, self.accelerator)
+        self._recorded: RecordedLoss | None = None
         # DDP and FSDP average gradients over processes; our denominators are global already.
         self._averages = self.accelerator.num_processes > 1 and self._optimizer.flat is None
 
@@ -229,15 +232,23 @@ class Learner:
         for rows, is_last in _microbatches(own, minibatch, filler_from):
             with self._sync(is_last and not mixes):
                 output = self._model(rows.inputs, rows.actions)
-                entropy_coef = self.entropy_coef.value
-                sums = self.objective(output, rows, kl_coef=kl_coef, clip_scale=clip_scale, entropy_coef=entropy_coef)
+                settings = {
+                    "kl_coef": kl_coef if isinstance(self.algorithm.kl, KlInLoss) else 0.0,
+                    "clip_scale": clip_scale,
+                    "entropy_coef": self.entropy_coef.value,
+                }
+                replayed = self._replay(output, rows, minibatch, settings)
+                if replayed is not None:
+                    totals = replayed if totals is None else _added(totals, replayed)
+                    continue
+                sums = self.objective(output, rows, **settings)
                 learned = sums if self._only is None else sums._replace(policy=0.0 * sums.policy)
                 loss = self.objective.loss(learned, minibatch.denominators)
                 if self._averages:
                     loss = _reach_every_output(loss, output) * self.accelerator.num_processes
                 loss.backward()
             sums = LossSums(sums.policy.detach(), sums.value.detach(), sums.metrics)
-            totals = sums if totals is None else LossSums(*(a + b for a, b in zip(totals, sums, strict=True)))
+            totals = sums if totals is None else _added(totals, sums)
         if mixes:
             self._backward_mixed()
         if self._optimizer.flat is not None and self.accelerator.num_processes > 1:
@@ -246,6 +257,22 @@ class Learner:
             self._optimizer.drop_gradients(kept=self._only)
         assert totals is not None
         return totals
+
+    def _replay(
+        self, output: PolicyOutput, rows: Experience, minibatch: Minibatch, settings: dict[str, float]
+    ) -> LossSums | None:
+        """Compute the sums and leave the gradient without torch's operations; None where autograd has to do it."""
+        if not (rows.complete and self._records):
+            return None
+        if self._recorded is None or self._recorded.settings != settings:
+            self._recorded = RecordedLoss(self.objective, settings)
+        found = self._recorded(output, rows, minibatch.denominators)
+        if found is None:
+            return None
+        sums, slopes = found
+        reached = [(x, g) for x, g in zip(output, slopes, strict=True) if x is not None and g is not None]
+        torch.autograd.backward([x for x, _ in reached], [g for _, g in reached])
+        return sums
 
     def _backward_mixed(self) -> None:
         """Add the gradient of the mixed loss; its denominators are global already, like the objective's."""
@@ -361,6 +388,10 @@ def _microbatches(own: Experience, minibatch: Minibatch, filler_from: Experience
         start += size
     for index in range(minibatch.fillers):
         yield masked_filler(filler_from), index + 1 == minibatch.fillers
+
+
+def _added(one: LossSums, other: LossSums) -> LossSums:
+    return LossSums(*(a + b for a, b in zip(one, other, strict=True)))
 
 
 def _reach_every_output(loss: Tensor, output: PolicyOutput) -> Tensor:
