@@ -1,8 +1,8 @@
 """The verifiers of reasoning-gym's tasks as a reward function.
 
 Tried with reasoning-gym 0.1.25, three records of each task: 99 of 105 verifiers give the record's own answer the full
-mark and a wrong number less. boxnet, graph_color, propositional_logic, rubiks_cube and rush_hour have no single answer to
-try; game_of_life_halting takes anything but the opposite for right, so reward it behind a format gate.
+mark and a wrong number less. boxnet, graph_color, propositional_logic, rubiks_cube and rush_hour have no single answer
+to try; game_of_life_halting takes anything but the opposite for right, so reward it behind a format gate.
 """
 
 from __future__ import annotations
