@@ -63,6 +63,26 @@ def test_the_identity_is_learned(make, preset, kind):
     assert evaluate(policy, environment, EvaluationConfig(max_steps=100))["return_mean"] > 90
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["discrete", "multi_discrete", "multi_binary"])
+@pytest.mark.parametrize("preset", ["ppo", "a2c"])
+def test_the_identity_is_learned_in_stable_baselines3s_budget(make, preset, kind):
+    # One environment, gamma .4, seed 3, and for PPO 512 steps a rollout and 5 epochs, as in its tests/test_identity.py:
+    # 1,200 steps, which PPO rounds up to three rollouts.
+    algorithm = ALGORITHMS[preset]
+    settings = {"advantages": algorithm.advantages.model_copy(update={"discount": 0.4})}
+    steps, iterations, rate = 5, 240, 3e-3
+    if preset == "ppo":
+        settings |= {"value_loss": SquaredValueLoss(), "epochs": 5, "minibatches": 8}
+        steps, iterations, rate = 512, 3, 3e-3
+    algorithm = algorithm.model_copy(update=settings)
+    kwargs = {"kind": kind}
+    policy, collector = make("Identity-v0", algorithm, CollectSteps(steps=steps), num_envs=1, kwargs=kwargs, seed=3)
+    _train(policy, collector, algorithm, iterations=iterations, learning_rate=rate, shuffle="actions")
+    environment = EnvironmentConfig(id="Identity-v0", kwargs=kwargs)
+    assert evaluate(policy, environment, EvaluationConfig(max_steps=100))["return_mean"] > 90
+
+
 @pytest.mark.parametrize("preset", sorted(name for name, row in ALGORITHMS.items() if row.language_only is None))
 def test_every_preset_makes_a_step_on_every_kind_of_action(make, preset):
     algorithm = ALGORITHMS[preset].with_length(500)

@@ -50,6 +50,17 @@ def test_rewards_are_divided_by_the_deviation_of_the_running_return():
     assert normalizer.running_returns.tolist() == [1.5]
 
 
+def test_the_mean_running_return_is_stable_baselines3s():
+    # Its tests/test_vec_normalize.py: rewards 1 3 4 0 and 3 4 0 1 in episodes of four, gamma .99, for 3000 steps; the
+    # running returns 1, 3.99, 7.9501, 7.8706 and 3, 6.97, 6.9003, 7.8313 have the mean 5.689 (5.688 with its start).
+    normalizer = RewardNormalizer(2, discount=0.99)
+    rewards = np.tile(np.array([[1, 3, 4, 0, 0], [3, 4, 0, 1, 0]], dtype=np.float32), 750)
+    step = np.arange(rewards.shape[1]) % 5
+    ends, mask = np.tile(step == 3, (2, 1)), np.tile(step != 4, (2, 1))
+    normalizer(rewards, episode_ends=ends, mask=mask)
+    np.testing.assert_allclose(normalizer.mean, 5.688, atol=2e-3)
+
+
 def test_collectors_normalize_with_what_earlier_rollouts_saw(make):
     # Countdown observes 0, 1, 2 (3 is the masked reset step): mean 1, population variance 2/3.
     _, collector = make("Countdown-v0", "ppo", CollectSteps(steps=8), normalize_observations=True)
