@@ -108,7 +108,7 @@ def _start_line(starts: Sequence[Mapping[str, Any]]) -> str:
         f"accuracy on held-out pairs {np.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f}). "
         "Mean ± standard deviation over seeds; a peak is the best of a run's measurements. Gain lost: how much of the "
         "gain at the peak is gone at the end. Over-optimized: more than half of it, while the proxy rises further. "
-        "Alpha, beta, R², residual: the fit of the gold score's gain through the points of all seeds."
+        "Alpha, beta, R², residual: of a fit of the gold score's gain per seed."
     )
 
 

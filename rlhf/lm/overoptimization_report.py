@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf.errors import DataError
-from rlhf.lm.overoptimization import Curve, Fit, Form, fit_gain
+from rlhf.lm.overoptimization import Curve, Fit, Form
 from rlhf.markdown import markdown_table
 
 Group = Mapping[str, Sequence[Curve]]
@@ -34,24 +34,25 @@ class Panel:
     beside: Group = field(default_factory=dict)
 
 
-def pooled_fit(curves: Sequence[Curve], form: Form) -> Fit | None:
-    """One fit through the points of all seeds; None where there are too few."""
-    distances = [distance for curve in curves for distance in curve.distances]
-    gains = [gain for curve in curves for gain in curve.gains]
-    try:
-        return fit_gain(distances, gains, form)
-    except DataError:
-        return None
+def seed_fits(curves: Sequence[Curve], form: Form) -> list[Fit | None]:
+    """A fit per seed, for each seed has reward models of its own; None where a run has too few points."""
+    fits: list[Fit | None] = []
+    for curve in curves:
+        try:
+            fits.append(curve.fit(form))
+        except DataError:
+            fits.append(None)
+    return fits
 
 
 def run_table(panels: Sequence[Panel]) -> str:
-    """A row per line of the figure: means over seeds, and the fit through the points of all seeds."""
+    """A row per line of the figure: means over seeds, those of the seeds' fits included."""
     header = ["optimized by", "gold: start", "peak", "end", "sqrt(KL): peak", "end", "proxy: peak", "end"]
     header += ["gain lost", "over-optimized", "alpha", "beta", "R²", "residual"]
     rows = []
     for panel in panels:
         for name, curves in panel.curves.items():
-            fit = pooled_fit(curves, panel.form)
+            fits = [fit for fit in seed_fits(curves, panel.form) if fit is not None]
             at_peak = [curve.peak for curve in curves]
             fallen = sum(curve.overoptimized for curve in curves)
             rows.append(
@@ -66,7 +67,10 @@ def run_table(panels: Sequence[Panel]) -> str:
                     _spread([curve.proxy[-1] for curve in curves]),
                     f"{np.mean([curve.lost for curve in curves]):.0%}",
                     f"{fallen} of {len(curves)}",
-                    *([f"{v:.3f}" for v in (fit.alpha, fit.beta, fit.r_squared, fit.residual)] if fit else ["-"] * 4),
+                    _spread([fit.alpha for fit in fits]),
+                    _spread([fit.beta for fit in fits]),
+                    _mean([fit.r_squared for fit in fits], digits=2),
+                    _mean([fit.residual for fit in fits], digits=3),
                 ]
             )
     return markdown_table(header, rows)
@@ -116,27 +120,16 @@ def answer_table(curve: Curve, answers: Sequence[Sequence[Mapping[str, Any]]]) -
 
 
 def fit_numbers(panels: Sequence[Panel]) -> dict[str, Any]:
-    """Fits per seed and over all seeds, as JSON: {line: {"all": {...}, "by_seed": [...]}}."""
-    numbers: dict[str, Any] = {}
-    for panel in panels:
-        for name, curves in panel.curves.items():
-            each = [pooled_fit([curve], panel.form) for curve in curves]
-            numbers[name] = {
-                "all": _as_json(pooled_fit(curves, panel.form)),
-                "by_seed": [_as_json(fit) for fit in each],
-            }
-    return numbers
-
-
-def _as_json(fit: Fit | None) -> dict[str, Any] | None:
-    if fit is None:
-        return None
-    peak = None if fit.peak is None else {"distance": fit.peak[0], "gain": fit.peak[1]}
-    return {**{name: getattr(fit, name) for name in fit.__dataclass_fields__}, "peak": peak}
+    """The fits as JSON: {line: [one per seed, null where a run has too few points]}."""
+    return {
+        name: [None if fit is None else {**asdict(fit), "peak": fit.peak} for fit in seed_fits(curves, panel.form)]
+        for panel in panels
+        for name, curves in panel.curves.items()
+    }
 
 
 def draw(panels: Sequence[Panel], file: Path, *, gold_label: str, proxy_label: str) -> None:
-    """Write the figure: gold above, proxy below, a column per panel; seeds as dots and thin lines, fits dashed.
+    """Write the figure: gold above, proxy below, a column per panel; seeds as thin lines, their fits' mean dashed.
 
     Args:
         panels: Left to right.
@@ -181,22 +174,26 @@ def draw(panels: Sequence[Panel], file: Path, *, gold_label: str, proxy_label: s
     grid[0, 0].set_ylabel(gold_label)
     grid[1, 0].set_ylabel(proxy_label)
     seeds = max(len(curves) for panel in panels for curves in panel.curves.values())
-    figure.suptitle(f"{seeds} seed{'s' * (seeds > 1)}, a thin line each; dashed: the fit through all of their points")
+    figure.suptitle(f"{seeds} seed{'s' * (seeds > 1)}, a thin line each; dashed: the mean of their fits")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
 def _draw_fit(axes: Any, curves: Sequence[Curve], form: Form, *, color: str) -> None:
-    """The fit through all seeds' points, over the distances that were measured."""
-    fit = pooled_fit(curves, form)
-    if fit is None:
+    """The mean of the seeds' fits, over the distances that were measured."""
+    fits = [fit for fit in seed_fits(curves, form) if fit is not None]
+    if not fits:
         return
     start = float(np.mean([curve.gold[0] for curve in curves]))
     distances = np.linspace(0, max(max(curve.distances) for curve in curves), 200)
-    axes.plot(distances, start + fit(distances), "--", color=color, linewidth=1.8)
+    axes.plot(distances, start + np.mean([fit(distances) for fit in fits], axis=0), "--", color=color, linewidth=1.8)
 
 
 def _spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation over seeds."""
-    mean = f"{np.mean(values):.3f}"
+    mean = _mean(values, digits=3)
     return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
+
+
+def _mean(values: Sequence[float], *, digits: int) -> str:
+    return f"{np.mean(values):.{digits}f}" if values else "-"

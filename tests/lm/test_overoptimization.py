@@ -14,8 +14,8 @@ from rlhf.lm.overoptimization_report import (
     best_of_n_table,
     draw,
     fit_numbers,
-    pooled_fit,
     run_table,
+    seed_fits,
     seed_table,
 )
 
@@ -120,7 +120,7 @@ def panels():
     return [Panel("best of n", "best_of_n", {"one": [curve([0.2, 0.3, 0.4, 0.5])] * 2}), Panel("PPO", "rl", runs)]
 
 
-def test_tables_hold_means_over_seeds_and_the_fit_of_all_seeds():
+def test_tables_hold_means_over_seeds_and_of_their_fits():
     text = run_table(panels())
     row = next(line for line in text.splitlines() if line.startswith("| kl_0 "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -128,10 +128,13 @@ def test_tables_hold_means_over_seeds_and_the_fit_of_all_seeds():
     assert cells[4] == "1.500 ± 0.707"  # peaks at d = 2 and d = 1
     assert cells[8:10] == ["112%", "2 of 2"]  # lost: .5 of .4, and .4 of .4
     # By hand: points d = 1, 2, 3 with gains (.3, .4, -.1) and (.4, .3, 0), columns d and -d log d.
-    columns = np.array([[d, -d * math.log(d)] for d in (1, 2, 3)] * 2)
-    gains = np.array([0.3, 0.4, -0.1, 0.4, 0.3, 0.0])
-    alpha, beta = np.linalg.solve(columns.T @ columns, columns.T @ gains)
-    assert cells[10:12] == [f"{alpha:.3f}", f"{beta:.3f}"]
+    columns = np.array([[d, -d * math.log(d)] for d in (1, 2, 3)])
+    gains = np.array([[0.3, 0.4, -0.1], [0.4, 0.3, 0.0]])
+    fitted = np.linalg.solve(columns.T @ columns, columns.T @ gains.T)  # [alpha and beta, seeds]
+    for cell, values in zip(cells[10:12], fitted, strict=True):
+        assert cell == f"{values.mean():.3f} ± {abs(values[0] - values[1]) / math.sqrt(2):.3f}"
+    errors = gains.T - columns @ fitted
+    assert cells[13] == f"{np.sqrt((errors**2).mean(axis=0)).mean():.3f}"
     by_seed = seed_table(panels(), [4, 7]).splitlines()
     assert by_seed[0] == "| optimized by | seed 4 | seed 7 |"
     assert "| kl_0 | 0.200, 0.600 (4.0), 0.100 (9.0) | 0.200, 0.600 (1.0), 0.200 (9.0) |" in by_seed
@@ -150,13 +153,13 @@ def test_answers_are_shown_at_the_start_the_peak_and_the_end():
 
 def test_fits_are_kept_as_numbers_and_too_few_points_as_none():
     short = [Panel("PPO", "rl", {"ended": [curve([0.2, 0.3], proxy=(0, 1), kl=(0.0, 1.0))]})]
-    assert pooled_fit(short[0].curves["ended"], "rl") is None
-    assert fit_numbers(short) == {"ended": {"all": None, "by_seed": [None]}}
+    assert seed_fits(short[0].curves["ended"], "rl") == [None]
+    assert fit_numbers(short) == {"ended": [None]}
     assert run_table(short).splitlines()[-1].endswith("| - | - | - | - |")
-    numbers = fit_numbers(panels())["kl_0"]
-    assert len(numbers["by_seed"]) == 2
-    assert numbers["all"]["form"] == "rl"
-    assert numbers["all"]["peak"]["distance"] > 0
+    first, second = fit_numbers(panels())["kl_0"]
+    assert first["form"] == "rl"
+    assert first["points"] == 3
+    assert first["alpha"] != second["alpha"]
 
 
 def test_the_figure_is_drawn(tmp_path):
