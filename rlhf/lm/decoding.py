@@ -22,6 +22,8 @@ MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "dummy"}
 """Layers whose only state is keys and values, and whose mask comes from outside the layer."""
 UNIFORM_STEPS = 64
 """Steps whose random numbers are drawn (and sent to the device) at once."""
+SHORT_PROMPT = 32
+"""On a CPU, prompts up to this length are repeated for their group: reading them again costs less than sharing."""
 DEVICE_CHECK_STEPS = 8
 """On a GPU, asking which rows finished waits for it: ask every so many steps. Rows finished since run along."""
 
@@ -153,7 +155,8 @@ class Decoder:
         self.cache = InPlaceCache(plan.num_layers, capacity=self.prompt_length + steps)
         self.padded = not bool(prompt_mask.all())
         self.logits = self._prefill(prompt_ids, prompt_mask).repeat_interleave(group_size, dim=0)
-        self.shared = plan.can_share_prompts and group_size > 1
+        worthwhile = group_size > 1 and (self.device.type != "cpu" or self.prompt_length > SHORT_PROMPT)
+        self.shared = plan.can_share_prompts and worthwhile
         self.cache.start_decoding(group_size, share=self.shared, prompt_mask=prompt_mask)
         self.positions = prompt_mask.sum(dim=1).repeat_interleave(group_size)[:, None]  # [n, 1] of the next token
         self.mask = self._make_mask(prompt_mask.repeat_interleave(group_size, dim=0))

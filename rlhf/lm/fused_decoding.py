@@ -178,12 +178,12 @@ def _attend(
         )
         return attended.view(rows, -1)
     # Queries of one key head side by side; faster than scaled_dot_product_attention for one token on a CPU.
-    queries = queries.reshape(rows, layer.key_heads, -1, layer.head_dim) * layer.scaling
-    scores = torch.matmul(queries, keys.transpose(2, 3))
+    queries = queries.reshape(rows * layer.key_heads, -1, layer.head_dim) * layer.scaling
+    scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2))
     if mask is not None:
-        scores = scores + mask
+        scores.view(rows, layer.key_heads, -1, scores.shape[-1]).add_(mask)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return torch.matmul(weights.to(values.dtype), values).view(rows, -1)
+    return torch.bmm(weights.to(values.dtype), values.flatten(0, 1)).view(rows, -1)
 
 
 def read_fused_step(body: Any) -> FusedStep | None:
@@ -192,9 +192,16 @@ def read_fused_step(body: Any) -> FusedStep | None:
     Structure alone proves nothing (Gemma's norms add one to their weights): ask
     `fused_probe.fusing_is_exact` once before.
     """
+    if not has_fusible_structure(body):
+        return None
+    return FusedStep(body, [_read_layer(layer) for layer in body.layers])
+
+
+def has_fusible_structure(body: Any) -> bool:
+    """Whether a body has the parts that fused passes know, each of them plain."""
     device = next(body.parameters()).device
     if device.type == "meta" or torch.is_autocast_enabled(device.type):
-        return None
+        return False
     try:
         for module in body.modules():
             # Hooks may want to see or change every step; accelerate replaces `forward` to move weights around.
@@ -202,12 +209,15 @@ def read_fused_step(body: Any) -> FusedStep | None:
         _require(_parts(body) == _BODY_PARTS and type(body.embed_tokens) is nn.Embedding)
         _require(type(body.embed_tokens.weight) is nn.Parameter and body.embed_tokens.max_norm is None)
         _require(len(body.layers) == body.config.num_hidden_layers > 0)
-        return FusedStep(body, [_read_layer(layer, index) for index, layer in enumerate(body.layers)])
+        _require_norm(body.norm)
+        for index, layer in enumerate(body.layers):
+            _require_layer(layer, index)
     except _NotFusibleError:
-        return None
+        return False
+    return True
 
 
-def _read_layer(layer: Any, index: int) -> _Layer:
+def _require_layer(layer: Any, index: int) -> None:
     _require(_parts(layer) == _LAYER_PARTS and _parts(layer.mlp) == _MLP_PARTS)
     attention, mlp = layer.self_attn, layer.mlp
     normed = _parts(attention) == _ATTENTION_PARTS | {"q_norm", "k_norm"}
@@ -218,44 +228,68 @@ def _read_layer(layer: Any, index: int) -> _Layer:
     if not isinstance(head_dim, int) or not isinstance(scaling, float) or head_dim % 2 != 0:
         raise _NotFusibleError
     _require(getattr(attention, "layer_idx", None) == index)
-    qkv = _read_normed(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+    _require_norm(layer.input_layernorm)
+    _require_norm(layer.post_attention_layernorm)
+    _require_projection(attention.q_proj, attention.k_proj, attention.v_proj)
+    for modules in ((attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
+        _require_projection(*modules)
     query_heads, key_heads = (module.out_features // head_dim for module in (attention.q_proj, attention.k_proj))
     _require(attention.q_proj.out_features == query_heads * head_dim)
     _require(attention.v_proj.out_features == attention.k_proj.out_features == key_heads * head_dim)
+    if normed:
+        for norm in (attention.q_norm, attention.k_norm):
+            _require_norm(norm)
+            _require(norm.weight.shape == (head_dim,))
+        _require(norm_epsilon(attention.q_norm) == norm_epsilon(attention.k_norm))
+
+
+def _require_norm(module: Any) -> None:
+    _require(isinstance(norm_epsilon(module), float) and set(module._parameters) == {"weight"} and not _parts(module))
+    _require(type(module.weight) is nn.Parameter)
+
+
+def _require_projection(*modules: Any) -> None:
+    for module in modules:  # exact types: adapters, quantized and parametrized layers are subclasses or others
+        _require(type(module) in (nn.Linear, FastLinear) and type(module.weight) is nn.Parameter)
+        _require((module.bias is None) == (modules[0].bias is None) and module.weight.dtype == modules[0].weight.dtype)
+
+
+def norm_epsilon(module: Any) -> Any:
+    """The epsilon of an RMSNorm module, under whichever of its two names."""
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _read_layer(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    query_heads, key_heads = (
+        module.out_features // attention.head_dim for module in (attention.q_proj, attention.k_proj)
+    )
     return _Layer(
-        qkv=qkv,
-        query_key_norm=_read_head_norms(attention, query_heads, key_heads) if normed else None,
+        qkv=_read_normed(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj),
+        query_key_norm=_read_head_norms(attention, query_heads, key_heads) if "q_norm" in _parts(attention) else None,
         output=_read_projection(attention.o_proj),
         gate_up=_read_normed(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj),
         activation=mlp.act_fn,
         down=_read_projection(mlp.down_proj),
         query_heads=query_heads,
         key_heads=key_heads,
-        head_dim=head_dim,
-        scaling=scaling,
+        head_dim=attention.head_dim,
+        scaling=attention.scaling,
     )
 
 
 def _read_norm(module: Any) -> _Norm:
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    _require(isinstance(epsilon, float) and set(module._parameters) == {"weight"} and not _parts(module))
-    _require(type(module.weight) is nn.Parameter)
-    return _Norm(weight=module.weight.detach(), epsilon=epsilon)
+    return _Norm(weight=module.weight.detach(), epsilon=norm_epsilon(module))
 
 
 def _read_head_norms(attention: Any, query_heads: int, key_heads: int) -> _Norm:
     """The query and the key norm as one; both are over the head's width, not over all heads together."""
     norms = (_read_norm(attention.q_norm), _read_norm(attention.k_norm))
-    _require(all(norm.weight.shape == (attention.head_dim,) for norm in norms))
-    _require(norms[0].epsilon == norms[1].epsilon)
     weights = [norm.weight.expand(heads, -1) for norm, heads in zip(norms, (query_heads, key_heads), strict=True)]
     return _Norm(weight=torch.cat(weights), epsilon=norms[0].epsilon)
 
 
 def _read_projection(*modules: Any) -> _Projection:
-    for module in modules:  # exact types: adapters, quantized and parametrized layers are subclasses or others
-        _require(type(module) in (nn.Linear, FastLinear) and type(module.weight) is nn.Parameter)
-        _require((module.bias is None) == (modules[0].bias is None) and module.weight.dtype == modules[0].weight.dtype)
     matrices = [(module.weight.detach(), module.bias) for module in modules]
     if len(modules) == 1 or sum(weight.numel() for weight, _ in matrices) > MERGE_LIMIT:
         return _Projection(matrices)

@@ -23,7 +23,7 @@ def fusing_is_exact(body: Any) -> bool:
     if read_fused_step(body) is None:
         return False
     try:
-        with evaluating(body), _loud_attention(body.layers):
+        with evaluating(body), loud_attention(body.layers):
             step = read_fused_step(body)
             return step is not None and _same_norms(body, step) and _same(*_decode_both(body, step))
     except (RuntimeError, TypeError, ValueError):  # the rotary module takes or gives something else
@@ -31,7 +31,7 @@ def fusing_is_exact(body: Any) -> bool:
 
 
 @contextmanager
-def _loud_attention(layers: Any) -> Iterator[None]:
+def loud_attention(layers: Any) -> Iterator[None]:
     """Make attention matter: a fresh model's scores are near 0, and no probe would see how they are made.
 
     Queries are W (w * x) with the norm's weight w and x of size 1, so of the size of the rows of W * w. Scaling w to

@@ -17,7 +17,9 @@ from rlhf.data.tokenizer_saving import save_tokenizer
 from rlhf.errors import DataError, ModelError
 from rlhf.lm.adapters import CRITIC, POLICY, AdapterCritic
 from rlhf.lm.backbone import split_model, takes_positions, unwrap_adapters
+from rlhf.lm.fused_training_probe import exact_fused_pass
 from rlhf.lm.log_probs import selected_log_probs
+from rlhf.lm.token_layout import lay_out
 from rlhf.training.linear import use_fast_linear
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -211,6 +213,10 @@ class PackedRows(NamedTuple):
     """[N] the completion tokens."""
     places: Tensor
     """[N] index of each completion token in the flattened [B * T]."""
+    lengths: Tensor
+    """[B] tokens of each row that something is predicted from."""
+    prompt_lengths: Tensor
+    """[B] how many of them are prompt."""
 
 
 def pack_rows(inputs: Mapping[str, Tensor], actions: Tensor, *, fill_id: int = 0) -> PackedRows:
@@ -239,11 +245,20 @@ def pack_rows(inputs: Mapping[str, Tensor], actions: Tensor, *, fill_id: int = 0
     places = completion_mask.flatten().nonzero().squeeze(1)
     rows = torch.arange(len(mask), device=mask.device)[:, None] * width
     sources = (rows + positions - 1).flatten().index_select(0, places)
-    return PackedRows(ids.gather(1, order), sources, actions.flatten().index_select(0, places), places)
+    lengths, prompt_lengths = (lengths - 1).clamp(1, width), prompt_mask.sum(dim=1).clamp(max=width)
+    targets = actions.flatten().index_select(0, places)
+    return PackedRows(
+        ids.gather(1, order), sources, targets, places, torch.max(lengths, prompt_lengths), prompt_lengths
+    )
 
 
 def _hidden_states(body: nn.Module, packed: PackedRows) -> Tensor:
     """[N, H] hidden states of the positions that predict completion tokens."""
+    fused = exact_fused_pass(body)
+    if fused is not None:
+        layout = lay_out(packed.ids, packed.lengths, packed.prompt_lengths)
+        # An embedding is a gather whose gradient is fast where a position is read twice, as a prompt's last one is.
+        return nn.functional.embedding(layout.token_of_place[packed.sources], fused(layout))
     positions = torch.arange(packed.ids.shape[1], device=packed.ids.device)[None]
     arguments = {"position_ids": positions} if takes_positions(type(body)) else {}
     hidden = body(input_ids=packed.ids, use_cache=False, **arguments)[0]

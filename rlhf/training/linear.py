@@ -80,6 +80,18 @@ def linear_onto(residual: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | N
     return torch.addmm(residual, rows, weight.t())
 
 
+def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
+    """Return gradient.T @ rows, the gradient [O, I] of a weight, of its output's gradient [N, O] and its rows [N, I].
+
+    oneDNN reads its second operand transposed but copies the first, so the narrower one goes first.
+    """
+    if not _goes_through_onednn(rows, gradient.t()):
+        return gradient.t() @ rows
+    if gradient.shape[1] <= rows.shape[1]:
+        return _product(gradient.t(), rows.t(), None)
+    return _product(rows.t(), gradient.t(), None).t()
+
+
 class FastLinear(nn.Linear):
     """`nn.Linear` computed by `linear`; the same parameters and state, so that what is saved does not change."""
 
@@ -134,16 +146,6 @@ class _Linear(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         return (
             _product(gradient, weight.t(), None) if needs_rows else None,
-            _weight_gradient(flat, rows.reshape(-1, rows.shape[-1])) if needs_weight else None,
+            weight_gradient(flat, rows.reshape(-1, rows.shape[-1])) if needs_weight else None,
             flat.sum(dim=0) if needs_bias else None,
         )
-
-
-def _weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
-    """[O, I] of gradient [N, O] and rows [N, I].
-
-    oneDNN reads its second operand transposed but copies the first, so the narrower one goes first.
-    """
-    if gradient.shape[1] <= rows.shape[1]:
-        return _product(gradient.t(), rows.t(), None)
-    return _product(rows.t(), gradient.t(), None).t()

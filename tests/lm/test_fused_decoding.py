@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.lm import decoding
 from rlhf.lm.cache import InPlaceCache, padding_bias
 from rlhf.lm.fused_decoding import read_fused_step
 from rlhf.lm.fused_probe import fusing_is_exact
@@ -68,9 +69,10 @@ def test_hidden_states_and_logits_equal_those_of_one_forward_over_the_whole(case
         torch.testing.assert_close(model.lm_head(got), logits[:, column - 5], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize(("group_size", "short"), [(1, 0), (4, 0), (4, 32)])
 @pytest.mark.parametrize("case", FUSED)
-def test_samples_equal_those_of_the_models_own_forward(case, group_size):
+def test_samples_equal_those_of_the_models_own_forward(case, group_size, short, monkeypatch):
+    monkeypatch.setattr(decoding, "SHORT_PROMPT", short)  # 0: prompts are kept apart; 32: repeated for their group
     model = randomized(*FUSED[case])
     model.lm_head.weight.data *= 0.3  # flatter, so that rows end at different steps and leave the batch
     generator = make(model)

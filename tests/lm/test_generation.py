@@ -6,6 +6,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from rlhf.errors import ConfigError, DataError, ModelError
+from rlhf.lm import decoding
 from rlhf.lm.generation import TransformersGenerator
 from rlhf.lm.loading import LoraSettings, add_lora
 from rlhf.lm.policy import LanguageModelPolicy
@@ -47,9 +48,10 @@ def transformers_greedy(model, prompt_ids, prompt_mask, length, *, end=END, pad=
     return sequences[:, prompt_ids.shape[1] :]
 
 
-@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize(("group_size", "short"), [(1, 0), (3, 0), (3, 32)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_equals_transformers_token_for_token(name, group_size):
+def test_greedy_equals_transformers_token_for_token(name, group_size, short, monkeypatch):
+    monkeypatch.setattr(decoding, "SHORT_PROMPT", short)  # 0: prompts are kept apart; 32: repeated for their group
     model = fresh_model(name)
     prompt_ids, prompt_mask = left_padded((3, 9, 5, 1))
     expected = transformers_greedy(model, prompt_ids, prompt_mask, 20)
@@ -124,8 +126,9 @@ def test_sampling_log_probs_equal_the_policys(name, temperature):
     assert (output.log_probs - generation.sampling_log_probs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_dropping_finished_rows_changes_nothing(name):
+@pytest.mark.parametrize(("name", "short"), [("llama", 0), ("llama", 32), ("mistral", 0)])
+def test_dropping_finished_rows_changes_nothing(name, short, monkeypatch):
+    monkeypatch.setattr(decoding, "SHORT_PROMPT", short)
     model = ending_model(name)
     prompt_ids, prompt_mask = left_padded((3, 9, 5, 7))
     results = [

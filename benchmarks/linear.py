@@ -1,0 +1,96 @@
+"""Linear layers through oneDNN against torch's own: forward and backward, exact float32 on both sides.
+
+    python benchmarks/linear.py              # prints a table, writes benchmarks/results/linear.md
+
+Both compute the same products; `rlhf/training/linear.py` says when it chooses which. Each figure is the best of
+several rounds, the two sides taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.training.linear import _Linear
+
+SHAPES = [(2048, 128, 512), (2048, 512, 128), (2048, 384, 1536), (64, 128, 1024), (64, 384, 1536), (256, 256, 256)]
+"""Rows, inputs, outputs."""
+RESULTS = Path(__file__).parent / "results" / "linear.md"
+
+
+def seconds_of(action: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of one call over a round."""
+    started = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    return (time.perf_counter() - started) / repeats
+
+
+def best_of(sides: list[Callable[[], object]], *, work: float, rounds: int) -> list[float]:
+    """Best seconds of each side over the rounds, taking turns."""
+    repeats = max(1, int(1e9 / work))
+    best = [float("inf")] * len(sides)
+    for _ in range(rounds):
+        best = [min(known, seconds_of(side, repeats)) for known, side in zip(best, sides, strict=True)]
+    return best
+
+
+def measure(rows: int, inputs: int, outputs: int, *, rounds: int) -> str:
+    """One row of the table."""
+    data = torch.randn(rows, inputs, requires_grad=True)
+    weight = torch.randn(outputs, inputs, requires_grad=True)
+    slope = torch.randn(rows, outputs)
+
+    def forward_of(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        def run() -> None:
+            with torch.no_grad():
+                function(data, weight)
+
+        return run
+
+    def step_of(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(data, weight), [data, weight], slope)
+
+    def onednn(one: Tensor, other: Tensor) -> Tensor:
+        return _Linear.apply(one, other, None)  # type: ignore[return-value]
+
+    work = 2.0 * rows * inputs * outputs
+    forward = best_of([forward_of(nn.functional.linear), forward_of(onednn)], work=work, rounds=rounds)
+    both = best_of([step_of(nn.functional.linear), step_of(onednn)], work=3 * work, rounds=rounds)
+    rates = [work / forward[0], work / forward[1], 3 * work / both[0], 3 * work / both[1]]
+    default, ours, default_both, ours_both = (rate / 1e9 for rate in rates)
+    return (
+        f"| {rows} x {inputs} x {outputs} | {default:.0f} | {ours:.0f} | {ours / default:.2f} "
+        f"| {default_both:.0f} | {ours_both:.0f} | {ours_both / default_both:.2f} |"
+    )
+
+
+def main() -> None:
+    """Measure every shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lines = [
+        "# Linear layers: torch's own product and oneDNN's",
+        "",
+        f"GFLOP/s, float32, {options.threads} thread(s), torch {torch.__version__}, "
+        "written by `python benchmarks/linear.py`.",
+        "",
+        "| rows x inputs x outputs | torch, forward | oneDNN | ratio | torch, forward and backward | oneDNN | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES:
+        lines.append(measure(*shape, rounds=options.rounds))
+        print(lines[-1], flush=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""A Llama-like body's forward and backward over many tokens, in half the operations of its modules.
+
+`fused_decoding` does it for one token per row; here the pass is differentiable. What is saved:
+
+- Prompts that rows share are computed once, padding never (`token_layout`); only attention sees rows.
+- Queries, keys and values are one product, gate and up another, with the norm's weight multiplied into the matrix, so
+  that RMSNorm is one division. Residuals are added by the product that makes them.
+- Backward is written out: a norm, a rotation, a gated unit take two to four passes over memory instead of a dozen.
+
+The equations, with x the residual stream [M, H], r(x) = 1 / sqrt(mean(x^2) + epsilon) and n = r(x) x:
+
+    dx  = r (dn - n mean(dn n))                  RMSNorm, without its weight
+    dx  = dy cos + roll(dy sin)                  rotary embedding y = x cos + roll(x) sin
+    a   = silu(g) u;  du = da silu(g);  dg = da u silu'(g)
+
+It serves what `fused_decoding` serves, save for norms on queries and keys and for biases outside of the attention's
+input, in float32 on a CPU, where its speed was measured. `fused_training_probe` shows once per model that it computes
+the model's own hidden states and gradients; any other body, and one with hooks, adapters or checkpointing, goes through
+its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding, scaled_dot_product_attention, silu
+
+from rlhf.lm.fused_decoding import has_fusible_structure, norm_epsilon
+from rlhf.lm.token_layout import TokenLayout
+from rlhf.training.linear import linear, linear_onto, weight_gradient
+
+
+@dataclass(frozen=True)
+class FusedPass:
+    """Forward passes of one body, with the weights it has at the time of the call."""
+
+    body: Any
+
+    def __call__(self, layout: TokenLayout) -> Tensor:
+        """Return the hidden states [M, H] of the layout's tokens, after the last norm."""
+        words = self.body.embed_tokens
+        hidden = embedding(layout.ids, words.weight, words.padding_idx)
+        cosines, sines = self.body.rotary_emb(hidden[None], position_ids=layout.positions[None])  # [1, M, D]
+        signs = torch.ones_like(sines[0, :1])
+        signs[:, : signs.shape[1] // 2] = -1.0
+        rotation = _Rotation(cosines[0][:, None], (sines[0] * signs)[:, None])
+        for layer in self.body.layers:
+            attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            weights = [module.weight for module in projections]
+            biases = [module.bias for module in projections if module.bias is not None]
+            queries, keys, values = _Heads.apply(
+                hidden, layout, rotation, norm_epsilon(norm), norm.weight, *weights, *biases
+            )
+            attended = scaled_dot_product_attention(
+                queries, *_repeat(keys, values, queries), is_causal=True, scale=attention.scaling
+            )
+            norm = layer.post_attention_layernorm
+            modules = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            weights = [module.weight for module in modules]
+            hidden = _Block.apply(hidden, attended, layout, norm_epsilon(norm), norm.weight, *weights)
+        return _Norm.apply(hidden, norm_epsilon(self.body.norm), self.body.norm.weight)  # type: ignore[return-value]
+
+
+def read_fused_pass(body: Any) -> FusedPass | None:
+    """A `FusedPass` of a body, or None where its structure is another or it is not in float32 on a CPU.
+
+    Structure alone proves nothing: ask `fused_training_probe`.
+    """
+    if not has_fusible_structure(body) or getattr(body, "gradient_checkpointing", False):
+        return None
+    if any(p.device.type != "cpu" or p.dtype is not torch.float32 for p in body.parameters()):
+        return None
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if "q_norm" in attention._modules or any(module.bias is not None for module in others):
+            return None
+    return FusedPass(body)
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """Rotary embedding of the tokens at hand."""
+
+    cosines: Tensor
+    """[M, 1, D]."""
+    sines: Tensor
+    """[M, 1, D], negative in the first half: a roll swaps the halves."""
+
+    def turn_(self, heads: Tensor) -> None:
+        """Rotate heads [M, h, D] in place."""
+        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+        heads.mul_(self.cosines).addcmul_(swapped, self.sines)
+
+    def turn_back_(self, gradient: Tensor) -> None:
+        """Apply the transposed map, in place."""
+        swapped = (gradient * self.sines).roll(gradient.shape[-1] // 2, dims=-1)
+        gradient.mul_(self.cosines).add_(swapped)
+
+
+class _Heads(torch.autograd.Function):
+    """Norm, projections and rotation: hidden states [M, H] to queries, keys and values [B, h, S, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        layout: TokenLayout,
+        rotation: _Rotation,
+        epsilon: float,
+        norm: Tensor,
+        *weights_and_biases: Tensor,
+    ) -> tuple[Tensor, ...]:
+        weights, biases = weights_and_biases[:3], weights_and_biases[3:]
+        normed, inverse = _normalize(hidden, epsilon)
+        width = rotation.cosines.shape[-1]
+        heads = linear(normed, torch.cat(weights) * norm, torch.cat(biases) if biases else None)
+        heads = heads.view(len(hidden), -1, width)
+        counts = [weight.shape[0] // width for weight in weights]
+        rotation.turn_(heads[:, : -counts[2]])
+        ctx.save_for_backward(normed, inverse, norm, *weights)
+        ctx.layout, ctx.rotation, ctx.counts, ctx.has_biases = layout, rotation, counts, bool(biases)
+        rows = layout.to_rows(heads.flatten(1)).unflatten(2, (-1, width))  # [B, S, h, D]
+        return tuple(part.transpose(1, 2) for part in rows.split(counts, dim=2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        normed, inverse, norm, *weights = ctx.saved_tensors
+        rows = torch.cat([gradient.transpose(1, 2) for gradient in gradients], dim=2)  # [B, S, h, D]
+        heads = ctx.layout.sum_to_tokens(rows.flatten(2)).unflatten(1, rows.shape[2:])
+        ctx.rotation.turn_back_(heads[:, : -ctx.counts[2]])
+        products = heads.flatten(1)
+        hidden, norm_gradient, pieces = _normed_product_backward(products, normed, inverse, norm, weights)
+        sizes = [weight.shape[0] for weight in weights]
+        biases = products.sum(dim=0).split(sizes) if ctx.has_biases else ()
+        return hidden, None, None, None, norm_gradient, *pieces, *biases
+
+
+class _Block(torch.autograd.Function):
+    """What follows attention: its output projection, residual, norm, gated MLP, residual; [M, H] to [M, H]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        attended: Tensor,
+        layout: TokenLayout,
+        epsilon: float,
+        norm: Tensor,
+        output: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        tokens = layout.to_tokens(attended.transpose(1, 2).flatten(2))
+        middle = linear_onto(hidden, tokens, output)
+        normed, inverse = _normalize(middle, epsilon)
+        gates = linear(normed, torch.cat([gate, up]) * norm)  # [M, 2 I]
+        opened, raised = gates.chunk(2, dim=1)
+        ctx.save_for_backward(tokens, normed, inverse, gates, norm, output, gate, up, down)
+        ctx.layout, ctx.heads = layout, attended.shape[1]
+        return linear_onto(middle, silu(opened).mul_(raised), down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens, normed, inverse, gates, norm, output, gate, up, down = ctx.saved_tensors
+        opened, raised = gates.chunk(2, dim=1)
+        active = silu(opened)
+        inner = linear(gradient, down.t())  # [M, I]
+        gates_gradient = torch.empty_like(gates)
+        opened_gradient, raised_gradient = gates_gradient.chunk(2, dim=1)
+        torch.mul(inner, active, out=raised_gradient)
+        torch.ops.aten.silu_backward.grad_input(inner.mul_(raised), opened, grad_input=opened_gradient)
+        down_gradient = weight_gradient(gradient, active.mul_(raised))
+        middle, norm_gradient, (gate_gradient, up_gradient) = _normed_product_backward(
+            gates_gradient, normed, inverse, norm, [gate, up]
+        )
+        middle += gradient
+        rows = ctx.layout.spread(linear(middle, output.t())).unflatten(2, (ctx.heads, -1)).transpose(1, 2)
+        output_gradient = weight_gradient(middle, tokens)
+        return middle, rows, None, None, norm_gradient, output_gradient, gate_gradient, up_gradient, down_gradient
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm with its weight, [M, H] to [M, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, epsilon: float, weight: Tensor) -> Tensor:
+        normed, inverse = _normalize(hidden, epsilon)
+        ctx.save_for_backward(normed, inverse, weight)
+        return normed * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        normed, inverse, weight = ctx.saved_tensors
+        return _normalize_backward(gradient * weight, normed, inverse), None, (gradient * normed).sum(dim=0)
+
+
+def _normalize(hidden: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """[M, H] divided by the root of its mean square, and one over that root [M, 1]."""
+    inverse = (torch.linalg.vector_norm(hidden, dim=1, keepdim=True).square_() / hidden.shape[1] + epsilon).rsqrt_()
+    return hidden * inverse, inverse
+
+
+def _normalize_backward(gradient: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
+    along = (gradient * normed).mean(dim=1, keepdim=True)
+    return torch.addcmul(gradient, normed, along, value=-1.0).mul_(inverse)
+
+
+def _normed_product_backward(
+    gradient: Tensor, normed: Tensor, inverse: Tensor, norm: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """Gradients of the hidden states, the norm's weight w and the matrices W of normed @ (W * w).T."""
+    matrix = torch.cat(list(weights))
+    hidden = _normalize_backward(linear(gradient, (matrix * norm).t()), normed, inverse)
+    product = weight_gradient(gradient, normed)  # of W * w
+    pieces = (product * norm).split([weight.shape[0] for weight in weights])
+    return hidden, (product * matrix).sum(dim=0), pieces
+
+
+def _repeat(keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values once per query head that reads them (grouped-query attention)."""
+    times = queries.shape[1] // keys.shape[1]
+    if times == 1:
+        return keys, values
+    return keys.repeat_interleave(times, dim=1), values.repeat_interleave(times, dim=1)
