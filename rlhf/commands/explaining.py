@@ -20,7 +20,8 @@ def explain_plan(config: BaseModel, *, processes: int = 1) -> str:
     """What the run of a language recipe would do and take, as comments; empty for other recipes."""
     # A recipe without a language model must not wait for transformers.
     plays = hasattr(getattr(config, "collector", None), "starts_per_iteration")  # a text environment
-    if not plays and not any(hasattr(config, name) for name in ("prompts", "demonstrations")):
+    ranks = hasattr(getattr(config, "training", None), "batch_prompts")  # a reward model
+    if not (plays or ranks) and not any(hasattr(config, name) for name in ("prompts", "demonstrations")):
         return ""
     from rlhf.lm.plan import plan
 

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.lm.actors import pick_tokenizer
 from rlhf.lm.episode_collector import EpisodeCollectorConfig
 from rlhf.lm.footprint import ModelSize, measure_model
-from rlhf.lm.loading import ModelConfig
+from rlhf.lm.generator_config import VllmGeneratorConfig
+from rlhf.lm.loading import ModelConfig, character_tokenizer, load_tokenizer
 from rlhf.lm.log_probs import default_chunk_tokens
+from rlhf.lm.tasks import TaskConfig, make_task
 
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "rmsprop": 1}
 """Tensors of a parameter's shape that an optimizer keeps."""
@@ -32,25 +35,31 @@ def plan(config: Any, *, processes: int = 1) -> list[str]:
     Nothing is loaded: of a model config.json is read, of the data nothing.
 
     Args:
-        config: A resolved config of `sft`, `grpo`, `ppo_rlhf` or of a recipe like them.
+        config: A resolved config of `sft`, `reward_model`, `grpo`, `ppo_rlhf` or of a recipe like them.
         processes: Training processes that share its batches.
     """
     model = getattr(config, "model", None)
     reinforced = hasattr(config, "algorithm") and hasattr(config, "collector")
-    if not isinstance(model, ModelConfig) or not (reinforced or hasattr(config, "demonstrations")):
+    ranks = hasattr(getattr(config, "training", None), "batch_prompts")  # a reward model
+    if not isinstance(model, ModelConfig) or not (reinforced or ranks or hasattr(config, "demonstrations")):
         return []
     plays = reinforced and isinstance(config.collector, EpisodeCollectorConfig)
-    arithmetic = _episodes if plays else _rollouts if reinforced else _imitation
+    arithmetic = _episodes if plays else _rollouts if reinforced else _rankings if ranks else _imitation
     lines = ["Batches" + (f", over {processes} processes" if processes > 1 else "")]
     lines += [f"  {line}" for line in arithmetic(config, processes)]
     if plays:
         return [*lines, "Memory: not estimated for text environments", f"This machine: {machine()}"]
-    source = config.prompts if reinforced else config.demonstrations
     try:
-        size = measure_model(model, pick_tokenizer(model, source) if model.config is not None else None)
-        memory = rollout_memory(config, size, processes=processes) if reinforced else imitation_memory(config, size)
+        size = measure_model(model, _tokenizer(config) if model.config is not None else None)
+        if reinforced:
+            memory = rollout_memory(config, size, processes=processes)
+        else:
+            memory = ranking_memory(size) if ranks else imitation_memory(config, size)
         lines += _show_memory(size, memory)
-        if reinforced and config.collector.max_prompt_length is None:
+        if _has_engine(config):
+            fraction = f"{config.generator.memory_fraction:.0%} of the GPU's memory"
+            lines.append(f"  vLLM besides: {fraction if config.generator.server is None else 'on its server'}")
+        elif reinforced and config.collector.max_prompt_length is None:
             lines.append("  the prompts' part of the KV cache is not in it: collector.max_prompt_length is not set")
     except UserError as error:
         lines.append(f"Memory: not known. {error}")
@@ -94,6 +103,33 @@ def _episodes(config: Any, processes: int) -> Iterator[str]:
         f"the run: {iterations:,} iterations = {iterations * episodes:,} episodes, at most "
         f"{iterations * episodes * length:,} tokens, {iterations * steps:,} optimizer steps"
     )
+
+
+def _tokenizer(config: Any) -> PreTrainedTokenizerBase:
+    """It gives a fresh model its vocabulary; a reward model names its task itself."""
+    if isinstance(getattr(config, "task", None), TaskConfig) and config.model.tokenizer is None:
+        return character_tokenizer(make_task(config.task).alphabet)
+    if hasattr(config, "task"):
+        return load_tokenizer(config.model)
+    return pick_tokenizer(config.model, config.prompts if hasattr(config, "prompts") else config.demonstrations)
+
+
+def _has_engine(config: Any) -> bool:
+    """Whether the completions come from vLLM: their cache is its own then."""
+    return isinstance(getattr(config, "generator", None), VllmGeneratorConfig)
+
+
+def _rankings(config: Any, processes: int) -> Iterator[str]:
+    training = config.training
+    share = training.batch_prompts // processes
+    answers = f"{config.num_candidates}" if config.task is not None else "all their"
+    length = "the model's context" if training.max_length is None else f"{training.max_length:,} tokens"
+    yield (
+        f"an optimizer step: {training.batch_prompts:,} prompts with {answers} answers, each with its prompt at most "
+        f"{length}; a process takes {share:,} prompts, {min(training.microbatch_prompts or share, share):,} at once"
+    )
+    rankings = f"{config.task.train:,}" if config.task is not None else "the rankings that are not held out"
+    yield f"the run: {training.epochs} x {rankings} / {training.batch_prompts:,} optimizer steps"
 
 
 def _imitation(config: Any, processes: int) -> Iterator[str]:
@@ -140,7 +176,9 @@ def rollout_memory(config: Any, size: ModelSize, *, processes: int = 1) -> Memor
         "gradients": size.trainable_bytes + critic_learned,
         "optimizer": states * (size.trainable_bytes + critic_learned),
         "reference": size.weight_bytes if needs_copy else 0,
-        "KV cache": rows * ((collector.max_prompt_length or 0) + completion) * size.cache_bytes,
+        "KV cache": 0
+        if _has_engine(config)
+        else rows * ((collector.max_prompt_length or 0) + completion) * size.cache_bytes,
         "logits of a chunk, forward and backward": 2 * _chunk_bytes(size.vocabulary, positions),
         "log-probs and values": share * collector.group_size * completion * kept * FLOAT32,
     }
@@ -165,6 +203,18 @@ def imitation_memory(config: Any, size: ModelSize) -> Memory:
         "weights": size.weight_bytes,
         "gradients": size.trainable_bytes,
         "optimizer": OPTIMIZER_STATES["adamw"] * size.trainable_bytes,
+    }
+
+
+def ranking_memory(size: ModelSize) -> Memory:
+    """Bytes of one process that trains a reward model, activations left out: a head of one output, no logits."""
+    head, adapters = size.hidden * FLOAT32, 0 if size.trainable == size.parameters else size.trainable_bytes
+    learned = (adapters or size.body_bytes) + head
+    # PEFT keeps a saved-whole layer such as the head twice: as it was, and as it is trained.
+    return {
+        "weights": size.body_bytes + head + (adapters + head if adapters else 0),
+        "gradients": learned,
+        "optimizer": OPTIMIZER_STATES["adamw"] * learned,
     }
 
 

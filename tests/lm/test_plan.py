@@ -12,7 +12,7 @@ from rlhf.errors import ModelError
 from rlhf.lm.actors import make_actors
 from rlhf.lm.footprint import cache_bytes_per_token, measure_model
 from rlhf.lm.loading import LoraSettings, ModelConfig, character_tokenizer, load_causal_lm
-from rlhf.lm.plan import critic_bytes, imitation_memory, plan, rollout_memory
+from rlhf.lm.plan import critic_bytes, imitation_memory, plan, ranking_memory, rollout_memory
 from tests.lm.fresh_models import fresh_model
 
 MODEL = {
@@ -200,3 +200,38 @@ def test_episodes_by_hand():
     assert "a process has 3 start states" in told
     assert "3 x 4 = 12 optimizer steps of 3 episodes" in told
     assert "5 iterations = 60 episodes, at most 3,000 tokens, 60 optimizer steps" in told
+
+
+def test_rankings_by_hand():
+    """24 prompts a step over 2 processes: 12 each, 4 at once; 2 passes over 96 rankings."""
+    module = import_recipe(find_recipe("reward_model"))
+    values = {
+        "model": {"config": MODEL},
+        "task": {**TASK, "name": "vowel_words", "train": 96},
+        "num_candidates": 4,
+        "training": {"batch_prompts": 24, "microbatch_prompts": 4, "epochs": 2, "max_length": 10},
+    }
+    told = explain_plan(validate(module.CONFIG, values), processes=2)
+    assert "24 prompts with 4 answers, each with its prompt at most 10 tokens; a process takes 12 prompts, 4" in told
+    assert "2 x 96 / 24 optimizer steps" in told
+    assert "logits" not in told
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
+def test_a_reward_models_bytes_are_those_of_the_model_that_is_trained(lora):
+    from reward_models.loading import make_reward_model
+
+    settings = ModelConfig(config=MODEL, lora=lora)
+    real = make_reward_model(settings, TOKENIZER)
+    memory = ranking_memory(measure_model(settings, TOKENIZER))
+    assert memory["weights"] == bytes_of(real.parameters())
+    learned = bytes_of(parameter for parameter in real.parameters() if parameter.requires_grad)
+    assert memory["gradients"] == learned
+    assert memory["optimizer"] == 2 * learned
+
+
+def test_vllm_has_its_own_cache():
+    told = explain_plan(config(generator={"type": "vllm", "memory_fraction": 0.4}))
+    assert "vLLM besides: 40% of the GPU's memory" in told
+    assert "KV cache" not in told
+    assert "on its server" in explain_plan(config(generator={"type": "vllm", "server": "http://x:8000"}))
