@@ -3,16 +3,20 @@
     python -m venv /tmp/trl112
     /tmp/trl112/bin/pip install trl==1.12.0 transformers==5.23.0 torch==2.13.0
     python benchmarks/ppo.py --peer-python /tmp/trl112/bin/python      # writes benchmarks/results/ppo.{md,json}
-    python benchmarks/ppo.py --peer-python /tmp/trl112/bin/python --cases tiny_32 --steps 20
+    python benchmarks/ppo.py --peer-python /tmp/trl112/bin/python --parts time --cases tiny_32 --steps 20
 
 TRL 1.16, which this project is installed with, has no PPO; hence a virtual environment of its own, and a process of its
 own. The two take turns, step by step, so that a busy machine slows both alike. Both start from the same folders on the
 CPU in float32: a policy, its frozen copy as the reference, a reward model, and a critic of its own that starts from the
-reward model. A step is 64 completions of 64 prompts, KL in the reward (k1, 0.05), GAE, one optimizer step an epoch.
-Ours scores text with the reward model as a recipe does (decode, tokenize again), TRL scores token ids.
+reward model. A step is 64 completions of 64 prompts, KL in the reward (k1, 0.05), GAE, and in each epoch one optimizer
+step on all 64. TRL takes the old log-probs from its generation; so does ours in a single-epoch step, as long as a
+forward every 20th step finds that they agree (`old_log_probs: auto`). Ours scores text with the reward model as a
+recipe does (decode, tokenize again), TRL scores token ids. Peak memory is that of a process for each side.
 
-Cases `*_32` and `*_128` run every completion to that limit: the end token has a probability of 1e-9. In `tiny_ends` the
-model ends a completion after 40 tokens on average, 128 at most.
+Cases `*_32`, `*_128`, `*_24` run every completion to that limit: the end token has a probability of 1e-9. In
+`tiny_ends` the model ends a completion after 40 tokens on average, 128 at most. `wide_24` has the vocabulary of the
+Qwen tokenizer, 151,665, under a small body, where the shared data lie beside the checkout. `*_epochs` takes TRL's
+default of 4 epochs.
 """
 
 from __future__ import annotations
@@ -26,40 +30,60 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from ppo_report import write_results
 
 ROWS, PROMPT_LENGTH = 64, 16
 LEARNING_RATE = 1e-6
-RESULTS = Path(__file__).parent / "results"
+TOKENIZER = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "qwen2.5"
 SHAPES = {
-    "tiny": ({"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}, 512),
-    "small": ({"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}, 8192),
+    "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "small": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
+    "wide": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
+VOCABULARIES = {"tiny": 512, "small": 8192}
 NEVER = 1e9
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    model: str
+    limit: int
+    """Most tokens of a completion."""
+    mean_length: float = NEVER
+    epochs: int = 1
+
+
 CASES = {
-    "tiny_32": ("tiny", 32, NEVER),
-    "tiny_128": ("tiny", 128, NEVER),
-    "tiny_ends": ("tiny", 128, 40.0),
-    "small_128": ("small", 128, NEVER),
+    "tiny_32": Case("tiny", 32),
+    "tiny_128": Case("tiny", 128),
+    "tiny_128_epochs": Case("tiny", 128, epochs=4),
+    "tiny_ends": Case("tiny", 128, mean_length=40.0),
+    "small_128": Case("small", 128),
+    "wide_24": Case("wide", 24),
 }
 
 
-def make_folders(folder: Path, case: str) -> list[str]:
-    """Write a random policy and a random reward model with one token per character; returns prompts of equal length."""
+def make_folders(folder: Path, case: Case) -> list[str]:
+    """Write a random policy and a random reward model; returns prompts of random letters."""
     from reward_models.loading import make_reward_model
     from reward_models.scorer import RewardModelScorer
-    from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm
+    from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm, load_tokenizer
 
-    name, limit, mean_length = CASES[case]
-    shape, vocabulary = SHAPES[name]
-    letters = [chr(0x4E00 + index) for index in range(vocabulary - 3)]
-    tokenizer = character_tokenizer("".join(letters))
+    if case.model == "wide":
+        tokenizer = load_tokenizer(TOKENIZER)
+        letters = sorted(token for token in tokenizer.get_vocab() if len(token) == 1 and token.isalpha())
+    else:
+        letters = [chr(0x4E00 + index) for index in range(VOCABULARIES[case.model] - 3)]
+        tokenizer = character_tokenizer("".join(letters))
     torch.manual_seed(0)
-    settings = {"model_type": "llama", **shape, "max_position_embeddings": PROMPT_LENGTH + limit + 8}
+    shape = SHAPES[case.model]
+    settings = {"model_type": "llama", **shape, "max_position_embeddings": 8 * (PROMPT_LENGTH + case.limit)}
     model: Any = load_causal_lm(ModelConfig(config=settings), tokenizer)
-    set_end_probability(model, int(tokenizer.eos_token_id), vocabulary, mean_length)  # type: ignore[arg-type]
+    set_end_probability(model, int(tokenizer.eos_token_id), len(tokenizer), case.mean_length)  # type: ignore[arg-type]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
@@ -120,6 +144,7 @@ class Ours:
             reward=RewardModelScorer.from_pretrained(folder / "reward"),
             config=CollectorConfig(prompts_per_iteration=settings["rows"], sampling=sampling, samples=0),
             reference=actors.reference,
+            single_step=self.algorithm.epochs * self.algorithm.minibatches == 1,
         )
         self.lengths: list[float] = []
 
@@ -178,84 +203,66 @@ class Peer:
         self._log.close()
 
 
-def compare(case: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Time both sides, taking turns, and take the peak memory of a process for each."""
-    settings = {
+def make_settings(folder: Path, case: Case, threads: int) -> dict[str, Any]:
+    """Write the models of a case; returns what both sides must know."""
+    return {
         "prompts": make_folders(folder, case),
-        "limit": CASES[case][1],
+        "limit": case.limit,
         "rows": ROWS,
-        "epochs": options.epochs,
-        "threads": options.threads,
+        "epochs": case.epochs,
+        "threads": threads,
         "learning_rate": LEARNING_RATE,
     }
+
+
+def measure_time(folder: Path, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Time both sides, taking turns."""
     ours, peer = Ours(folder, settings), Peer(options.peer_python, folder, settings)
     turns = [(peer.step(), ours.step()) for _ in range(options.warm_up + options.steps)]
     peer.stop()
     shown = turns[options.warm_up :]
     return {
-        "case": case,
         "steps": options.steps,
-        "epochs": options.epochs,
         "trl_seconds": median(theirs["seconds"] for theirs, _ in shown),
         "our_seconds": median(own["seconds"] for _, own in shown),
         "ratio": median(theirs["seconds"] / own["seconds"] for theirs, own in shown),
         "cpu_ratio": median(theirs["cpu"] / own["cpu"] for theirs, own in shown),
-        "trl_gib": max(theirs["gib"] for theirs, _ in turns),
-        "our_gib": measure_memory(folder, settings, steps=len(turns)),
         "our_length_mean": sum(ours.lengths) / len(ours.lengths),
     }
 
 
-def measure_memory(folder: Path, settings: dict[str, Any], *, steps: int) -> float:
-    """Peak resident GiB of a process that makes our steps alone."""
+def measure_memory(folder: Path, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Peak resident GiB of a process for each side that makes two steps."""
+    peer = Peer(options.peer_python, folder, settings)
+    theirs = [peer.step() for _ in range(2)][-1]["gib"]
+    peer.stop()
     file = folder / "settings.json"
     file.write_text(json.dumps(settings))
-    command = [sys.executable, __file__, "--alone", str(file), "--steps", str(steps)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1])
+    command = [sys.executable, __file__, "--alone", str(file)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {"trl_gib": theirs, "our_gib": float(output.strip().splitlines()[-1])}
 
 
-def run_alone(file: Path, steps: int) -> None:
-    """Make our steps and print the peak memory."""
+def run_alone(file: Path) -> None:
+    """Make two of our steps and print the peak memory."""
     settings = json.loads(file.read_text())
     torch.set_num_threads(settings["threads"])
     ours = Ours(file.parent, settings)
-    for _ in range(steps):
+    for _ in range(2):
         ours.step()
     # Not getrusage: its maximum is inherited from the parent through fork.
     print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
 
 
-def write_results(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Write the table and the numbers behind it."""
-    lines = [
-        "# One PPO step: ours against TRL 1.12's PPOTrainer",
-        "",
-        f"64 prompts, one completion each, {options.epochs} epoch(s) of one optimizer step, separate critic, reward "
-        f"model, reference; CPU float32, {options.threads} threads, torch {torch.__version__}. Medians; the ratio is "
-        "the median over turns of TRL's time / ours, by the clock and in CPU seconds. Written by "
-        "`python benchmarks/ppo.py --peer-python PYTHON`.",
-        "",
-        "| case | TRL s | ours s | ratio | CPU ratio | peak GiB TRL / ours | our mean length |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['case']} | {r['trl_seconds']:.3f} | {r['our_seconds']:.3f} | {r['ratio']:.2f} "
-        f"| {r['cpu_ratio']:.2f} | {r['trl_gib']:.2f} / {r['our_gib']:.2f} | {r['our_length_mean']:.1f} |"
-        for r in results
-    ]
-    RESULTS.mkdir(exist_ok=True)
-    name = "ppo" if options.epochs == 1 else f"ppo_{options.epochs}_epochs"
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
-    print("\n".join(lines))
+PARTS = {"time": measure_time, "memory": measure_memory}
 
 
 def main() -> None:
-    """Run the cases asked for."""
+    """Run the cases asked for; results of other cases and parts are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="Python of a virtual environment with TRL 1.12")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each side")
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -264,7 +271,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     os.environ["HF_HUB_OFFLINE"] = "1"
     if options.alone:
-        return run_alone(options.alone, options.steps)
+        return run_alone(options.alone)
     if not options.peer_python or not Path(options.peer_python).exists():
         return print(
             "skipped: TRL's last PPO trainer needs a virtual environment of its own. Make it with\n"
@@ -273,12 +280,17 @@ def main() -> None:
             "and pass --peer-python /tmp/trl112/bin/python"
         )
     torch.set_num_threads(options.threads)
-    results = []
-    for case in options.cases:
-        with tempfile.TemporaryDirectory() as scratch:
-            results.append(compare(case, Path(scratch), options))
-            print(json.dumps(results[-1]))
-    write_results(results, options)
+    for name in options.cases:
+        if CASES[name].model == "wide" and not TOKENIZER.is_dir():
+            print(f"{name} skipped: no tokenizer at {TOKENIZER}")
+            continue
+        for part in options.parts:
+            with tempfile.TemporaryDirectory() as scratch:
+                settings = make_settings(Path(scratch), CASES[name], options.threads)
+                measured = PARTS[part](Path(scratch), settings, options)
+                epochs = {case: CASES[case].epochs for case in CASES}
+                write_results(name, part, measured, threads=options.threads, epochs=epochs)
+    return None
 
 
 if __name__ == "__main__":

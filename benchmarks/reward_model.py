@@ -1,17 +1,21 @@
 """A reward model from K-way rankings, ours against TRL's RewardTrainer on the exploded pairs of the same rankings.
 
-    python benchmarks/reward_model.py       # K = 4 and 9, three seeds; writes benchmarks/results/reward_model.{md,json}
-    python benchmarks/reward_model.py --candidates 4 --seeds 1
-    python benchmarks/reward_model.py --data ../shared/data/rankings/alpaca_eval_k16.jsonl.gz --candidates 4 9
+    python benchmarks/reward_model.py          # everything; writes benchmarks/results/reward_model.{md,json}
+    python benchmarks/reward_model.py --parts speed --cases alpaca_k4 --seeds 3
 
-Both start from the same folder, see the same tokens of the same rankings, one epoch, equally many prompts in an
-optimizer step, the same learning rate and schedule, float32, no dropout. TRL gets every pair of a prompt, so each
-completion of it K - 1 times; it is given the pairs tokenized, in forwards of at most as many rows as 48 pairs have.
-Ours gets each completion once, in forwards of similar length. Time is of `train()` alone, wall clock and the process's
-CPU, the two taking turns seed by seed, the first of them changing with the seed; tokens (padding included) are counted
-where they enter the model's body. Held-out accuracy is measured with one and the same scorer for both.
+Both sides start from the same folder (a random Llama, 128 wide x 4 layers, 1.1M parameters beside the embedding), see
+the same tokens of the same rankings in one pass, with equally many optimizer steps, float32, no dropout. TRL gets every
+pair of a prompt, so each completion of it K - 1 times, tokenized beforehand; ours gets each completion once.
 
-Without `--data`, rankings are procedural: random words of 16 to 56 letters, ranked by their share of vowels.
+speed: `train()` alone on a few prompts, the sides in turns; tokens (padding included) are counted where they enter the
+body. TRL's forwards take a whole step, as halves of it were no faster.
+tuning: validation accuracy of each side at the learning rates `RATES`, one seed.
+accuracy: `--seeds` further seeds, each side at its best rate, on held-out rankings, all scored by one scorer. The
+interval resamples prompts.
+memory: peak resident size of a process that makes two steps, with Qwen's vocabulary of 151,665 tokens.
+
+Cases `alpaca_*` are AlpacaEval's answers ranked by GPT-4's preference (K = 4; K = 9 of 16, evenly spread), where the
+shared data lie beside the checkout; `words_*` are random words ranked by their share of vowels.
 """
 
 from __future__ import annotations
@@ -19,30 +23,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
-from reward_models.collation import EncodedRanking, encode_rankings
-from reward_models.evaluation import evaluate_scores, score_rankings
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from reward_model_data import CASES, SHARED, Split, available, explode, load_case
+from reward_model_report import kept_results, write_results
+
+from reward_models.collation import EncodedRanking, RankingCollator, encode_rankings
+from reward_models.evaluation import bootstrap_accuracy, pair_outcomes, score_rankings
 from reward_models.loading import make_reward_model, prepare_tokenizer
 from reward_models.model import RewardModel
 from reward_models.settings import RewardModelConfig
-from reward_models.trainer import RankingTrainer, make_trainer
-from rlhf.data.loading import load_rankings, split_holdout
-from rlhf.data.records import Ranking, dense_ranks
-from rlhf.data.settings import DataConfig
-from rlhf.lm.loading import ModelConfig, character_tokenizer, load_tokenizer
+from reward_models.trainer import make_trainer
+from rlhf.lm.loading import ModelConfig, load_tokenizer
 
-RESULTS = Path(__file__).parent / "results"
 MODEL = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -51,87 +57,91 @@ MODEL = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-ALPHABET = "abcdefghijklmnopqrstuvwxyz>"
-LEARNING_RATE, BATCH_PROMPTS, PAIRS_PER_FORWARD = 1e-3, 4, 48
-PROMPTS = {4: 192, 9: 64}
-"""To learn from, by K; a hundred for others."""
-HELD_OUT = 256
-MAX_LENGTH = 256
-"""Of real texts; longer ones lose their end."""
+RATES = (3e-4, 1e-3, 3e-3)
+TUNING_SEED = 1000
+BATCH_PROMPTS = {4: 4, 9: 1}
+"""Prompts of an optimizer step; TRL gets all their pairs."""
+PAIRS_PER_FORWARD = {4: 24, 9: 36}
+"""TRL's `per_device_train_batch_size`: a whole step, as half of it was no faster."""
+SIDES = ("trl", "ours")
+KEPT = Path("runs") / "benchmark_reward_model"
+"""Finished trainings of `tuning` and `accuracy`, which a second call does not repeat; delete it after changes."""
 
 
-def make_words(count: int, num_candidates: int, *, seed: int) -> list[Ranking]:
-    """Rankings of random words by their share of vowels; equal shares tie."""
-    generator = random.Random(seed)
-    rankings = []
-    while len(rankings) < count:
-        words = ["".join(generator.choices(ALPHABET[:-1], k=generator.randint(16, 56))) for _ in range(num_candidates)]
-        shares = [sum(letter in "aeiou" for letter in word) / len(word) for word in words]
-        ranking = Ranking("word>", tuple(words), dense_ranks([-share for share in shares]))
-        if not ranking.tied:
-            rankings.append(ranking)
-    return rankings
+class Trial:
+    """One side before one training."""
+
+    def __init__(self, side: str, folder: Path, split: Split, *, max_length: int, rate: float, seed: int) -> None:
+        """Make the side's trainer from the model in `folder`."""
+        self.side, self.pad_id = side, int(split.tokenizer.pad_token_id or 0)  # pyright: ignore[reportArgumentType]
+        if side == "ours":
+            self.trainer: Any = make_ours(folder, split, max_length=max_length, rate=rate, seed=seed)
+            classifier = self.trainer.reward_model.classifier
+        else:
+            self.trainer = make_trl(folder, split, max_length=max_length, rate=rate, seed=seed)
+            classifier = self.trainer.model
+        self.body = getattr(classifier, classifier.base_model_prefix)
+
+    def train(self) -> dict[str, float]:
+        """Train; seconds by the clock and of the processor, and the tokens that entered the body."""
+        tokens = 0
+
+        def count(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+            nonlocal tokens
+            tokens += (arguments[0] if arguments else named["input_ids"]).numel()
+
+        hook = self.body.register_forward_pre_hook(count, with_kwargs=True)
+        wall, processor = time.perf_counter(), time.process_time()
+        self.trainer.train()
+        measured = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - processor}
+        hook.remove()
+        return {**measured, "tokens": float(tokens), "steps": float(self.trainer.state.global_step)}
+
+    def outcomes(self, rankings: Sequence[EncodedRanking]) -> tuple[Tensor, Tensor]:
+        """Pairs won and pairs, [P] each, by one scorer for both sides."""
+        # Made after training: TRL's must run on the layers that its users have.
+        model = self.trainer.reward_model if self.side == "ours" else RewardModel(self.trainer.model)
+        batch = RankingCollator(self.pad_id)(rankings)
+        scores = score_rankings(model, rankings, pad_id=self.pad_id)
+        return pair_outcomes(scores, batch["ranks"], mask=batch["mask"])
 
 
-def load_data(
-    path: str | None, num_candidates: int, count: int
-) -> tuple[list[Ranking], list[Ranking], PreTrainedTokenizerBase]:
-    """Rankings to learn from, held out, and a tokenizer."""
-    if path is None:
-        tokenizer = prepare_tokenizer(character_tokenizer(ALPHABET))
-        words = make_words(count, num_candidates, seed=0), make_words(HELD_OUT, num_candidates, seed=1)
-        return *words, tokenizer
-    rankings = load_rankings(DataConfig(path=path, columns={"completions": "responses"}, order="scores", tied="drop"))
-    cut = [_thin(one, num_candidates) for one in rankings if len(one.completions) >= num_candidates]
-    train, held_out = split_holdout([one for one in cut if not one.tied], fraction=0.3)
-    return (
-        train[:count],
-        held_out,
-        prepare_tokenizer(load_tokenizer("../shared/data/tokenizers/gpt2")),
-    )
+def encode(split: Split, part: str, max_length: int) -> list[EncodedRanking]:
+    """Token ids of one part."""
+    limits: dict[str, Any] = {"max_length": max_length, "overlong": "truncate", "inner_end": "text"}
+    return encode_rankings(getattr(split, part), split.tokenizer, **limits)[0]
 
 
-def _thin(ranking: Ranking, count: int) -> Ranking:
-    """Candidates evenly spread from the best to the worst."""
-    order = sorted(range(len(ranking.ranks)), key=lambda index: ranking.ranks[index])
-    kept = [order[round(place * (len(order) - 1) / (count - 1))] for place in range(count)]
-    texts = tuple(ranking.completions[index] for index in kept)
-    return Ranking(ranking.prompt, texts, dense_ranks([ranking.ranks[index] for index in kept]))
-
-
-# --- the two sides ------------------------------------------------------------------------------------------------
-
-
-def make_ours(folder: Path, train: list[Ranking], held_out: list[Ranking], tokenizer: Any, seed: int) -> RankingTrainer:
+def make_ours(folder: Path, split: Split, *, max_length: int, rate: float, seed: int) -> Any:
     """Our trainer on rankings."""
-    model = make_reward_model(ModelConfig(path=str(folder)), tokenizer)
     settings = RewardModelConfig(
-        learning_rate=LEARNING_RATE, batch_prompts=BATCH_PROMPTS, max_length=MAX_LENGTH, overlong="truncate"
+        learning_rate=rate,
+        batch_prompts=BATCH_PROMPTS[len(split.train[0].ranks)],
+        max_length=max_length,
+        overlong="truncate",
+        inner_end="text",
     )
-    return make_trainer(model, tokenizer, train, held_out=held_out, settings=settings, seed=seed)
+    model = make_reward_model(ModelConfig(path=str(folder)), split.tokenizer)
+    return make_trainer(model, split.tokenizer, split.train, held_out=split.validation, settings=settings, seed=seed)
 
 
-def make_trl(folder: Path, encoded: Sequence[EncodedRanking], tokenizer: Any, seed: int, scratch: Path) -> Any:
+def make_trl(folder: Path, split: Split, *, max_length: int, rate: float, seed: int) -> Any:
     """TRL's trainer on the pairs of the same encoded rankings."""
     from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
     from trl import RewardConfig, RewardTrainer
 
-    pairs: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": []}
-    for one in encoded:
-        for a, b in combinations(range(len(one.ranks)), 2):
-            if one.ranks[a] != one.ranks[b]:
-                better, worse = (a, b) if one.ranks[a] < one.ranks[b] else (b, a)
-                pairs["chosen_ids"].append(one.sequences[better])
-                pairs["rejected_ids"].append(one.sequences[worse])
-    candidates = max(len(one.ranks) for one in encoded)
-    pairs_per_step = BATCH_PROMPTS * candidates * (candidates - 1) // 2
+    encoded = encode(split, "train", max_length)
+    candidates = len(encoded[0].ranks)
+    pairs_per_step = BATCH_PROMPTS[candidates] * candidates * (candidates - 1) // 2
+    rows = PAIRS_PER_FORWARD[candidates]
     arguments = RewardConfig(
-        output_dir=str(scratch),
+        output_dir=str(folder / "trl"),
         num_train_epochs=1,
-        learning_rate=LEARNING_RATE,
+        learning_rate=rate,
         lr_scheduler_type="linear",
-        per_device_train_batch_size=min(pairs_per_step, PAIRS_PER_FORWARD),
-        gradient_accumulation_steps=max(pairs_per_step // PAIRS_PER_FORWARD, 1),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=pairs_per_step // rows,
         max_length=None,
         bf16=False,
         use_cpu=True,
@@ -139,117 +149,148 @@ def make_trl(folder: Path, encoded: Sequence[EncodedRanking], tokenizer: Any, se
         dataloader_pin_memory=False,
         report_to="none",
         save_strategy="no",
-        logging_steps=10,
+        logging_steps=10_000,
         disable_tqdm=True,
         seed=seed,
     )
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    return RewardTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer
-    )
+    dataset = Dataset.from_dict(explode(encoded))
+    trainer = RewardTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=split.tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def measure(train: Callable[[], Any], body: torch.nn.Module) -> dict[str, float]:
-    """Run a training; its seconds, and the tokens that entered the body."""
-    tokens = 0
-
-    def count(module: Any, arguments: Any, named: dict[str, Any]) -> None:
-        nonlocal tokens
-        tokens += (arguments[0] if arguments else named["input_ids"]).numel()
-
-    hook = body.register_forward_pre_hook(count, with_kwargs=True)
-    wall, cpu = time.perf_counter(), time.process_time()
-    train()
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    hook.remove()
-    return {**seconds, "tokens": float(tokens)}
+def make_start(folder: Path, tokenizer: Any, seed: int) -> Path:
+    """Write the model that both sides start from."""
+    start = make_reward_model(ModelConfig(config={**MODEL, "vocab_size": len(tokenizer)}), tokenizer, seed=seed)
+    start.save_pretrained(folder, tokenizer)
+    return folder
 
 
-def compare(num_candidates: int, *, seeds: int, data: str | None, count: int) -> dict[str, Any]:
-    """Train both sides once a seed, in turns."""
-    train, held_out, tokenizer = load_data(data, num_candidates, count)
-    limits: dict[str, Any] = {"max_length": MAX_LENGTH, "overlong": "truncate"}
-    encoded, _ = encode_rankings(train, tokenizer, **limits)
-    encoded_held_out, _ = encode_rankings(held_out, tokenizer, **limits)
-    runs: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+
+def run_once(name: str, split: Split, *, side: str, rate: float, seed: int, judged_on: str) -> dict[str, Any]:
+    """Train one side and judge it: accuracy, optimizer steps, and the pairs won of every prompt. Kept in `KEPT`."""
+    file = KEPT / f"{name}_{side}_{rate:g}_seed{seed}_{judged_on}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    case = CASES[name]
+    rankings = encode(split, judged_on, case.max_length)
     with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(seeds):
-            folder = Path(scratch) / f"start_{seed}"
-            start = make_reward_model(ModelConfig(config={**MODEL, "vocab_size": len(tokenizer)}), tokenizer, seed=seed)
-            start.save_pretrained(folder, tokenizer)
-            ours = make_ours(folder, train, held_out, tokenizer, seed)
-            theirs = make_trl(folder, encoded, tokenizer, seed, Path(scratch) / "trl")
-            sides = {"ours": (ours, ours.reward_model), "trl": (theirs, RewardModel(theirs.model))}
-            for side in sorted(sides, reverse=bool(seed % 2)):
-                trainer, model = sides[side]
-                measured = measure(trainer.train, getattr(model.classifier, model.classifier.base_model_prefix))
-                scores = score_rankings(model, encoded_held_out, pad_id=tokenizer.pad_token_id or 0)
-                accuracy = evaluate_scores(scores, encoded_held_out)["accuracy"]
-                runs[side].append({**measured, "accuracy": accuracy, "steps": float(trainer.state.global_step)})
-                print(f"K={num_candidates} seed {seed} {side}: {runs[side][-1]}", flush=True)
-    return {"candidates": num_candidates, "prompts": len(encoded), "held_out": len(encoded_held_out), **summarize(runs)}
+        folder = make_start(Path(scratch), split.tokenizer, seed)
+        trial = Trial(side, folder, split, max_length=case.max_length, rate=rate, seed=seed)
+        measured = trial.train()
+        won, pairs = trial.outcomes(rankings)
+    result = {**measured, "accuracy": float(won.sum() / pairs.sum()), "won": won.tolist(), "pairs": pairs.tolist()}
+    print(name, side, rate, "seed", seed, judged_on, measured, f"{result['accuracy']:.4f}", flush=True)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result))
+    return result
 
 
-def summarize(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians and ratios (median over seeds of TRL / ours), mean accuracies, and every run."""
-    summary: dict[str, Any] = {"runs": runs}
-    for name in ("wall", "cpu", "tokens"):
-        summary |= {f"{side}_{name}": median(run[name] for run in mine) for side, mine in runs.items()}
-        ratios = [theirs[name] / ours[name] for ours, theirs in zip(runs["ours"], runs["trl"], strict=True)]
-        summary[f"{name}_ratio"] = median(ratios)
-    summary |= {f"{side}_accuracy": mean(run["accuracy"] for run in mine) for side, mine in runs.items()}
+def tune(name: str) -> dict[str, Any]:
+    """Validation accuracy of each side at each learning rate, one seed."""
+    split = load_case(name)
+
+    def accuracy(side: str, rate: float) -> float:
+        return run_once(name, split, side=side, rate=rate, seed=TUNING_SEED, judged_on="validation")["accuracy"]
+
+    return {side: {f"{rate:g}": accuracy(side, rate) for rate in RATES} for side in SIDES}
+
+
+def judge(name: str, seeds: int) -> dict[str, Any]:
+    """Held-out accuracy of both sides at their tuned rates."""
+    split, tuned = load_case(name), kept_results().get(name, {}).get("tuning")
+    if tuned is None:
+        sys.exit(f"{name}: the learning rates are not tuned yet; run the part `tuning` first")
+    rates = {side: float(max(tuned[side], key=lambda rate: tuned[side][rate])) for side in SIDES}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for seed in range(seeds):
+        for side in SIDES:
+            runs[side].append(run_once(name, split, side=side, rate=rates[side], seed=seed, judged_on="held_out"))
+    each = {side: [run["accuracy"] for run in runs[side]] for side in SIDES}
+    steps = {side: runs[side][0]["steps"] for side in SIDES}
+    return {"prompts": len(split.train), "rates": rates, "steps": steps, "each_seed": each, **summarize_accuracy(runs)}
+
+
+def time_training(name: str, rounds: int) -> dict[str, Any]:
+    """Time both sides on the first prompts, in turns, the first of them changing every round."""
+    case, split = CASES[name], load_case(name)
+    split = Split(split.train[: case.timed_prompts], split.validation[:2], [], split.tokenizer)
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_start(Path(scratch), split.tokenizer, 0)
+        for index in range(rounds):
+            for side in sorted(SIDES, reverse=bool(index % 2)):
+                trial = Trial(side, folder, split, max_length=case.max_length, rate=RATES[1], seed=index)
+                runs[side].append(trial.train())
+                print(name, "round", index, side, runs[side][-1], flush=True)
+    summary: dict[str, Any] = {"prompts": len(split.train), "runs": runs}
+    for quantity in ("wall", "cpu", "tokens"):
+        summary |= {f"{side}_{quantity}": median(run[quantity] for run in runs[side]) for side in SIDES}
+        ratios = [trl[quantity] / ours[quantity] for trl, ours in zip(runs["trl"], runs["ours"], strict=True)]
+        summary[f"{quantity}_ratio"] = median(ratios)
     return summary
 
 
-def write_results(results: list[dict[str, Any]], *, name: str, threads: int, command: str) -> None:
-    """Write the table and the numbers behind it."""
-    import transformers
-    import trl
+def summarize_accuracy(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Mean accuracy over seeds with an interval over prompts, for each side and for the paired difference."""
+    pairs = torch.tensor(runs["ours"][0]["pairs"])
+    won = {side: torch.tensor([run["won"] for run in mine]).mean(dim=0) for side, mine in runs.items()}
+    summary: dict[str, Any] = {"held_out": len(pairs)}
+    for side in SIDES:
+        accuracy = bootstrap_accuracy(won[side], pairs)
+        summary[side] = {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
+    gap = bootstrap_accuracy(won["ours"] - won["trl"], pairs)
+    return summary | {"difference": {"mean": gap.value, "low": gap.low, "high": gap.high}}
 
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
-    seeds = len(results[0]["runs"]["ours"])
-    lines = [
-        "# A reward model from K-way rankings: ours against TRL's RewardTrainer on their pairs",
-        "",
-        f"Llama 128 wide x 4 layers, one epoch, {BATCH_PROMPTS} prompts a step, CPU float32, {threads} threads, "
-        f"{seeds} seeds, {versions}. Medians over seeds; accuracies are means. Written by `{command}`.",
-        "",
-        "| K | prompts | TRL s | ours s | ratio | CPU ratio | TRL tokens | ours tokens | ratio "
-        "| held-out accuracy TRL | ours | per seed TRL | ours |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        each = {side: " ".join(f"{run['accuracy']:.3f}" for run in r["runs"][side]) for side in ("trl", "ours")}
-        lines.append(
-            f"| {r['candidates']} | {r['prompts']} | {r['trl_wall']:.1f} | {r['ours_wall']:.1f} "
-            f"| {r['wall_ratio']:.2f} | {r['cpu_ratio']:.2f} "
-            f"| {r['trl_tokens']:,.0f} | {r['ours_tokens']:,.0f} | {r['tokens_ratio']:.2f} "
-            f"| {r['trl_accuracy']:.3f} | {r['ours_accuracy']:.3f} | {each['trl']} | {each['ours']} |"
-        )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
-    print("\n".join(lines))
+
+def measure_memory(name: str) -> dict[str, Any]:
+    """Peak resident GiB of a process for each side."""
+    command = [sys.executable, __file__, "--cases", name, "--threads", str(torch.get_num_threads())]
+    sizes = {}
+    for side in SIDES:
+        output = subprocess.run([*command, "--alone", side], check=True, capture_output=True, text=True).stdout
+        sizes[f"{side}_gib"] = float(output.strip().splitlines()[-1])
+    return sizes
+
+
+def run_alone(name: str, side: str) -> None:
+    """Make two steps with Qwen's vocabulary and print the peak memory."""
+    case, split = CASES[name], load_case(name)
+    tokenizer = prepare_tokenizer(load_tokenizer(str(SHARED / "tokenizers" / "qwen2.5")))
+    split = Split(split.train[: 2 * BATCH_PROMPTS[case.candidates]], split.validation[:2], [], tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_start(Path(scratch), tokenizer, 0)
+        Trial(side, folder, split, max_length=case.max_length, rate=RATES[0], seed=0).train()
+    # Not getrusage: its maximum is inherited from the parent through fork.
+    print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
 
 
 def main() -> None:
-    """Run the cases asked for."""
+    """Run the parts asked for; results of other parts and cases are kept."""
+    parts: dict[str, Callable[[str, int], dict[str, Any]]] = {
+        "memory": lambda name, _: measure_memory(name),
+        "speed": time_training,
+        "tuning": lambda name, _: tune(name),
+        "accuracy": judge,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--candidates", type=int, nargs="+", default=[4, 9])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, help="to learn from; as measured: 192 for K = 4, 64 for K = 9")
-    parser.add_argument("--data", help="a rankings file with `responses`, best first, and `scores`")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--seeds", type=int, default=3, help="or rounds, of `speed`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--alone", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    results = [
-        compare(k, seeds=options.seeds, data=options.data, count=options.prompts or PROMPTS.get(k, 100))
-        for k in options.candidates
-    ]
-    command = "python benchmarks/reward_model.py" + (f" --data {options.data}" if options.data else "")
-    name = "reward_model" + ("_real" if options.data else "")
-    write_results(results, name=name, threads=options.threads, command=command)
+    if options.alone:
+        return run_alone(options.cases[0], options.alone)
+    for name in available(options.cases):
+        for part in options.parts:
+            write_results(name, part, parts[part](name, options.seeds), threads=options.threads)
+    return None
 
 
 if __name__ == "__main__":

@@ -21,8 +21,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf.data.tokenizer_saving import save_tokenizer
 from rlhf.errors import ModelError
+from rlhf.training.linear import use_fast_linear
 
 Adapters = Literal["merge", "keep"]
+MAX_PADDING_TOKENS = 256
+"""In one chunk of a forward: about what a small forward costs beside its tokens, so that more padding is worth one."""
 ADAPTED_CONFIG = "reward_model_config.json"
 """The reward model's config in a folder of adapters."""
 
@@ -41,6 +44,7 @@ class RewardModel(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
         score_head(self.classifier)  # refuses now what could not be scored later
+        use_fast_linear(self)
         self._is_causal = _later_tokens_change_nothing(getattr(self.classifier, self.classifier.base_model_prefix))
 
     @property
@@ -153,13 +157,19 @@ def _later_tokens_change_nothing(body: nn.Module) -> bool:
 
 
 def length_sorted_chunks(lengths: Sequence[int], chunk_tokens: int) -> Iterator[list[int]]:
-    """Yield row indices in chunks of similar length, each of at most `chunk_tokens` padded tokens (or one row)."""
+    """Yield row indices in chunks of similar length.
+
+    A chunk has at most `chunk_tokens` padded tokens (or is one row), and at most `MAX_PADDING_TOKENS` of padding.
+    """
     chunk: list[int] = []
+    padding = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         # Longest first, so the first row of a chunk sets its width.
-        if chunk and lengths[chunk[0]] * (len(chunk) + 1) > chunk_tokens:
-            yield chunk
-            chunk = []
+        if chunk:
+            padding += lengths[chunk[0]] - lengths[row]
+            if lengths[chunk[0]] * (len(chunk) + 1) > chunk_tokens or padding > MAX_PADDING_TOKENS:
+                yield chunk
+                chunk, padding = [], 0
         chunk.append(row)
     if chunk:
         yield chunk

@@ -29,6 +29,7 @@ from rlhf.lm.sft_best import BestModel
 from rlhf.lm.sft_config import SftConfig
 from rlhf.lm.sft_rows import IGNORED_LABEL, tokenize_demonstrations, warn_of_unlearned_ends
 from rlhf.training.distributed import gather_objects, preserved_random_state
+from rlhf.training.linear import use_fast_linear
 from rlhf.training.run import Run
 
 __all__ = [
@@ -207,6 +208,7 @@ def make_sft_trainer(
             pass
 
     require_special_tokens(tokenizer)
+    use_fast_linear(model)
     rows, dropped = tokenize_demonstrations(tokenizer, demonstrations, config=config)
     warn_of_unlearned_ends(rows, tokenizer)
     held_out_rows = tokenize_demonstrations(tokenizer, held_out, config=config)[0] if held_out else []

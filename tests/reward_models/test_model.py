@@ -98,6 +98,11 @@ def test_chunks_hold_every_row_once_within_the_budget():
     assert chunks[:2] == [[1], [6, 5]]  # 90 is alone over the budget; 41 and 40 together cost 82
 
 
+def test_a_chunk_ends_where_padding_would_cost_more_than_another_forward():
+    # 300 + (300 - 100) = 500 and 2 x 100 more would pad 400 tokens of the first row's width; 256 are allowed.
+    assert list(length_sorted_chunks([100, 300, 290, 100, 100], 8192)) == [[1, 2, 0], [3, 4]]
+
+
 def test_head_starts_from_the_stated_distribution():
     # N(0, 1/sqrt(h + 1)) with h = 4095: std 1/64, its standard error 1/64 / sqrt(2 x 4095) = 1.7e-4.
     weight = new_head(4095, seed=0).weight
