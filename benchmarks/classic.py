@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -72,11 +73,10 @@ def cleanrl(case: Case, identifier: str, *, steps: int, seed: int, folder: Path 
     return Trial(**json.loads(done.stdout.decode().splitlines()[-1]))
 
 
-def compare(name: str, arguments: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Let the sides of a case take turns, and keep what comes out."""
+def compare(name: str, arguments: argparse.Namespace, record: dict[str, Any]) -> Iterator[int]:
+    """Let the sides of a case take turns, and keep what comes out; yields each seed when all have run."""
     case = CASES[name]
     sides = sides_of(case, arguments.cleanrl)
-    own = record.setdefault(name, {})
     if not arguments.no_warm_up:
         warm = case.load(steps=2000)
         for side in sides:
@@ -84,15 +84,16 @@ def compare(name: str, arguments: argparse.Namespace, record: dict[str, Any]) ->
                 run_side(side, case, warm, 0, arguments.cleanrl)
     config = case.load(steps=arguments.steps)
     for seed in arguments.seeds:
-        for side in sides:
-            trial = run_side(side, case, config, seed, arguments.cleanrl)
-            own.setdefault(side, {})[str(seed)] = trial._asdict()
+        trials = {side: run_side(side, case, config, seed, arguments.cleanrl) for side in sides}
+        for side, trial in trials.items():
+            record.setdefault(name, {}).setdefault(side, {})[str(seed)] = trial._asdict()
             speed, cpu = trial.steps / trial.wall_seconds, trial.steps / trial.cpu_seconds
             print(
                 f"{name:<22} seed {seed}  {SIDES[side]:<17} {speed:8.0f} steps/s {cpu:8.0f} of CPU  "
                 f"return {trial.greedy_return:8.1f}",
                 flush=True,
             )
+        yield seed
 
 
 def row(name: str, side: str, record: dict[str, Any]) -> str:
@@ -145,11 +146,11 @@ def main() -> None:
     written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     record = written.get("cases", {})
     for name in arguments.cases or CASES:
-        compare(name, arguments, record)
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        kept = {"environment": describe_environment(), "cases": record}
-        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        (arguments.output / "classic.md").write_text(table(record), encoding="utf-8")
+        for _ in compare(name, arguments, record):
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            kept = {"environment": describe_environment(), "cases": record}
+            file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            (arguments.output / "classic.md").write_text(table(record), encoding="utf-8")
     print(f"\n{table(record)}")
 
 

@@ -98,6 +98,7 @@ _CARTPOLE = {
     "update.clip_schedule": "constant",
 }  # fmt: skip
 _SMALL = {"schedule.total_steps": 5000, "schedule.start_steps": 500, "agent.replay.capacity": 100_000}
+_SMALLER = _SMALL | {"schedule.total_steps": 2500}
 _LATE = "--learning-starts 500 --buffer-size 100000"
 CASES = {
     "ppo_cartpole": Case(
@@ -106,17 +107,17 @@ CASES = {
         "--vf-coef 1.0",
     ),
     "ppo_lunarlander": Case(
-        "on_policy", "lunarlander_ppo", 3.0, {"iterations": 12},
+        "on_policy", "lunarlander_ppo", 3.0, {"iterations": 6},
         cleanrl="ppo.py --learning-rate 3e-4 --n-minibatch 256 --num-envs 16 --num-steps 1024 --gamma 0.999 "
         "--gae-lambda 0.98 --clip-vloss False --anneal-lr False --vf-coef 1.0",
     ),
     "ppo_halfcheetah": Case(
-        "on_policy", "halfcheetah_ppo", 2.0, {"iterations": 24},
+        "on_policy", "halfcheetah_ppo", 2.0, {"iterations": 10},
         cleanrl="ppo_continuous_action.py --capture-video False",
     ),
     "a2c_cartpole": Case("on_policy", "cartpole_a2c_zoo", 1.5, {"iterations": 1250}),
     "dqn_cartpole": Case("off_policy", "dqn_cartpole", 2.0),
-    "dqn_lunarlander": Case("off_policy", "dqn_lunarlander", 2.0, {"schedule.total_steps": 20_000}),
+    "dqn_lunarlander": Case("off_policy", "dqn_lunarlander", 2.0, {"schedule.total_steps": 10_000}),
     "dqn_cartpole_cleanrl": Case(
         "off_policy", "dqn_cartpole", 2.0,
         {
@@ -132,16 +133,16 @@ CASES = {
     ),
     "sac_pendulum": Case("off_policy", "sac_pendulum", 1.5, _SMALL),
     "td3_pendulum": Case("off_policy", "td3_pendulum", 1.5, _SMALL),
-    "sac_halfcheetah": Case("off_policy", "sac_halfcheetah", 1.5, _SMALL),
-    "td3_halfcheetah": Case("off_policy", "td3_halfcheetah", 1.5, _SMALL),
+    "sac_halfcheetah": Case("off_policy", "sac_halfcheetah", 1.5, _SMALLER),
+    "td3_halfcheetah": Case("off_policy", "td3_halfcheetah", 1.5, _SMALLER),
     "sac_pendulum_cleanrl": Case(
         "off_policy", "sac_pendulum", 1.5,
-        _SMALL | {"agent.network.hidden_sizes": "[256, 128]", "agent.learning_rate": 3e-4,
+        _SMALLER | {"agent.network.hidden_sizes": "[256, 128]", "agent.learning_rate": 3e-4,
                   "agent.critic_learning_rate": 1e-3},
         cleanrl=f"sac_continuous_action.py {_LATE}", with_sb3=False,
     ),
     "td3_pendulum_cleanrl": Case(
-        "off_policy", "td3_halfcheetah", 1.5, _SMALL | {"environment.id": "Pendulum-v1"},
+        "off_policy", "td3_halfcheetah", 1.5, _SMALLER | {"environment.id": "Pendulum-v1"},
         cleanrl=f"td3_continuous_action.py {_LATE}", with_sb3=False,
     ),
 }  # fmt: skip

@@ -29,6 +29,7 @@ from classic_rl.spaces import observation_size, space_from_json
 from classic_rl.squashed import GaussianActor
 from classic_rl.state_dependent_exploration import HeldMatrices, StateDependentActor, StateDependentExploration
 from rlhf.config import Config
+from rlhf.training.optimizer import step_alone
 
 
 class AutomaticTemperature(Config):
@@ -86,7 +87,7 @@ class Temperature:
             return
         self._optimizer.param_groups[0]["lr"] = learning_rate
         self.log_alpha.grad = -(mean_log_prob.detach() + self.target_entropy).reshape(1)
-        self._optimizer.step()
+        step_alone(self._optimizer, self.log_alpha)
 
     def state_dict(self) -> dict[str, Any]:
         """Logarithm of alpha, and Adam's state."""

@@ -124,10 +124,18 @@ class _Program:
                 for one, value in zip(place, made, strict=True):
                     values[one] = value
         policy, value, metrics, *slopes = (None if place is None else values[place] for place in self._results)
-        shape = (rows, 1)
-        gradients = [None if g is None else torch.from_numpy(np.array(np.broadcast_to(g, shape))) for g in slopes]
-        sums = LossSums(torch.as_tensor(policy), torch.as_tensor(value), torch.from_numpy(metrics))
+        gradients = [None if slope is None else _whole(slope, rows) for slope in slopes]
+        # One array, because a tensor made from a single number costs as much as from many.
+        measured = torch.from_numpy(np.append(metrics, (policy, value)).astype(np.float32, copy=False))
+        sums = LossSums(measured[-2], measured[-1], measured[:-2])
         return sums, PolicyOutput(*gradients)  # type: ignore[arg-type]
+
+
+def _whole(slope: Any, rows: int) -> Tensor:
+    """[rows, 1] of a gradient that NumPy may have left as one number for all rows."""
+    shape = (rows, 1)
+    complete = isinstance(slope, np.ndarray) and slope.shape == shape and slope.strides[0]
+    return torch.from_numpy(slope if complete else np.array(np.broadcast_to(slope, shape)))
 
 
 # --- recording --------------------------------------------------------------------------------------------------------
