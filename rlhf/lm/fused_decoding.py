@@ -199,8 +199,8 @@ def read_fused_step(body: Any) -> FusedStep | None:
 
 def has_fusible_structure(body: Any) -> bool:
     """Whether a body has the parts that fused passes know, each of them plain."""
-    device = next(body.parameters()).device
-    if device.type == "meta" or torch.is_autocast_enabled(device.type):
+    parameter = next(body.parameters(), None)  # an adapter's critic has none of its own
+    if parameter is None or parameter.device.type == "meta" or torch.is_autocast_enabled(parameter.device.type):
         return False
     try:
         for module in body.modules():
