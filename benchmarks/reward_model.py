@@ -47,7 +47,10 @@ from reward_models.loading import make_reward_model, prepare_tokenizer
 from reward_models.model import RewardModel
 from reward_models.settings import RewardModelConfig
 from reward_models.trainer import make_trainer
+from rlhf.lm.fused_training import FusedPass
+from rlhf.lm.fused_training_probe import exact_fused_pass
 from rlhf.lm.loading import ModelConfig, load_tokenizer
+from rlhf.lm.token_layout import TokenLayout
 
 MODEL = {
     "model_type": "llama",
@@ -90,11 +93,20 @@ class Trial:
             nonlocal tokens
             tokens += (arguments[0] if arguments else named["input_ids"]).numel()
 
-        hook = self.body.register_forward_pre_hook(count, with_kwargs=True)
+        def count_fused(fused: FusedPass, layout: TokenLayout) -> Tensor:
+            nonlocal tokens
+            tokens += len(layout.ids)
+            return run_fused(fused, layout)
+
+        run_fused, FusedPass.__call__ = FusedPass.__call__, count_fused  # it computes the body without calling it
+        fuses = self.side == "ours" and exact_fused_pass(self.body) is not None  # a hook would switch that off
+        hook = None if fuses else self.body.register_forward_pre_hook(count, with_kwargs=True)
         wall, processor = time.perf_counter(), time.process_time()
         self.trainer.train()
         measured = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - processor}
-        hook.remove()
+        if hook is not None:
+            hook.remove()
+        FusedPass.__call__ = run_fused
         return {**measured, "tokens": float(tokens), "steps": float(self.trainer.state.global_step)}
 
     def outcomes(self, rankings: Sequence[EncodedRanking]) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,8 @@ class Case:
 CASES = {
     "alpaca_k4": Case("alpaca_eval_k4.jsonl.gz", 4, 96, 24, 128),
     "alpaca_k9": Case("alpaca_eval_k16.jsonl.gz", 9, 16, 6, 128),
-    "words_k4": Case(None, 4, 192, 48, 64),
-    "words_k9": Case(None, 9, 48, 12, 64),
+    "words_k4": Case(None, 4, 128, 48, 64),
+    "words_k9": Case(None, 9, 40, 12, 64),
 }
 HELD_OUT, VALIDATION = 240, 100
 """Prompts to judge on, and to choose the learning rate on."""

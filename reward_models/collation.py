@@ -217,8 +217,9 @@ class RankingCollator:
     Args:
         pad_id: Filler on the right; it is masked, so any id will do.
 
-    A batch holds `input_ids` and `attention_mask` [N, L] for the N candidates that exist, their places `rows` and
-    `columns` [N] in the [P, K] tables, and `ranks`, `mask` and (if the data has them) `gold_scores` [P, K].
+    A batch holds `input_ids` and `attention_mask` [N, L] for the N candidates that exist, `shared_lengths` [N] (first
+    tokens that all candidates of the prompt share), their places `rows` and `columns` [N] in the [P, K] tables, and
+    `ranks`, `mask` and (if the data has them) `gold_scores` [P, K].
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -233,6 +234,7 @@ class RankingCollator:
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
+            "shared_lengths": shared_lengths(rankings),
             "rows": rows,
             "columns": columns,
             "ranks": torch.zeros_like(mask, dtype=torch.int64),
@@ -245,6 +247,22 @@ class RankingCollator:
                 [score for ranking in rankings for score in ranking.gold_scores or []]
             )
         return batch
+
+
+def shared_lengths(rankings: Sequence[EncodedRanking]) -> Tensor:
+    """[N] for each candidate, how many first tokens all candidates of its prompt have in common."""
+    return torch.tensor([common_length(one.sequences) for one in rankings for _ in one.sequences])
+
+
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common beginning.
+
+    >>> common_length([[5, 6, 7], [5, 6, 8, 7]])
+    2
+    """
+    # Between the two that sort farthest apart lie all others, and what those share all share.
+    first, last = min(sequences), max(sequences)
+    return next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
 
 
 def scatter_scores(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:

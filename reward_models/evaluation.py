@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reward_models.collation import EncodedRanking, RankingCollator, scatter_scores
+from reward_models.collation import EncodedRanking, RankingCollator, scatter_scores, shared_lengths
 from reward_models.losses import better_than
 from reward_models.model import RewardModel, length_sorted_chunks
 from rlhf.data.collation import right_pad
@@ -31,7 +31,12 @@ class Accuracy(NamedTuple):
 
 
 def score_sequences(
-    model: RewardModel, sequences: Sequence[list[int]], *, pad_id: int, batch_tokens: int = 16_384
+    model: RewardModel,
+    sequences: Sequence[list[int]],
+    *,
+    pad_id: int,
+    batch_tokens: int = 16_384,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Score token sequences without gradients, in batches of similar length.
 
@@ -40,6 +45,7 @@ def score_sequences(
         sequences: N token sequences, each with its end token.
         pad_id: Filler; it is masked.
         batch_tokens: Tokens, padding included, in one forward.
+        shared: [N] first tokens that a sequence may share with others, see `RewardModel.forward`.
 
     Returns:
         [N] float32 on the CPU.
@@ -50,7 +56,8 @@ def score_sequences(
     with torch.no_grad():
         for chunk in length_sorted_chunks([len(ids) for ids in sequences], batch_tokens):
             ids, mask = right_pad([sequences[row] for row in chunk], pad_id)
-            scores[chunk] = model(ids.to(model.device), mask.to(model.device)).cpu()
+            own = None if shared is None else shared[chunk].to(model.device)
+            scores[chunk] = model(ids.to(model.device), mask.to(model.device), own).cpu()
     model.train(was_training)
     return scores
 
@@ -64,7 +71,8 @@ def score_rankings(
         [P, K] float32 on the CPU; 0 where a prompt has fewer than K candidates.
     """
     sequences = [ids for ranking in rankings for ids in ranking.sequences]
-    scores = score_sequences(model, sequences, pad_id=pad_id, batch_tokens=batch_tokens)
+    shared = shared_lengths(rankings)
+    scores = score_sequences(model, sequences, pad_id=pad_id, batch_tokens=batch_tokens, shared=shared)
     return scatter_scores(scores, RankingCollator(pad_id)(rankings))
 
 

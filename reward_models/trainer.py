@@ -89,7 +89,7 @@ class RankingTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return sum of prompt losses / prompts of the step; DDP averages over processes, hence the factor."""
-        scores = scatter_scores(model(inputs["input_ids"], inputs["attention_mask"]), inputs)
+        scores = scatter_scores(model(inputs["input_ids"], inputs["attention_mask"], inputs["shared_lengths"]), inputs)
         losses = prompt_losses(scores, inputs, settings=self.settings)
         if not bool(losses.isfinite().all()):
             raise TrainingError(

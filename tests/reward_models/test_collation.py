@@ -94,3 +94,10 @@ def test_scores_are_left_out_unless_every_ranking_has_them(tokenizer):
     rankings = [ranking("a", ["b", "c"], [0, 1], (2.0, 1.0)), ranking("a", ["b", "c"], [1, 0])]
     encoded, _ = encode_rankings(rankings, tokenizer, max_length=None)
     assert "gold_scores" not in RankingCollator(0)(encoded)
+
+
+def test_batch_says_what_candidates_of_a_prompt_share(tokenizer):
+    # "ab>" and the "c" that all three begin with; of the second, "de>" alone. Ends differ, as no text is empty.
+    rankings = [ranking("ab>", ["cd", "ce", "c"], [0, 1, 2]), ranking("de>", ["a", "b"], [0, 1])]
+    encoded, _ = encode_rankings(rankings, tokenizer, max_length=None)
+    assert RankingCollator(0)(encoded)["shared_lengths"].tolist() == [4, 4, 4, 3, 3]

@@ -85,6 +85,27 @@ def test_a_body_that_looks_ahead_is_recognised(tokenizer, architecture):
     assert not RewardModel(model.classifier)._is_causal
 
 
+def test_shared_beginnings_change_no_score_and_no_gradient(tokenizer, architecture):
+    """Against transformers' own body on each row alone."""
+    model = make_reward_model(ModelConfig(config=architecture), tokenizer)
+    first, second, alone = rows_of([5, 2, 4])
+    rows = [[*first, 7, 8, 9], [*second, 7], [*first, 9, 2], alone, [*second, 8, 8, 8, 2]]
+    shared = torch.tensor([5, 2, 5, 1, 2])
+    weights = torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0])
+    classifier = model.classifier
+    body = getattr(classifier, classifier.base_model_prefix)
+    expected = torch.cat([score_head(classifier)(body(input_ids=torch.tensor([row]))[0][0, -1]) for row in rows])
+    parameters = list(classifier.parameters())
+    slopes = torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True)
+    scores = model(*padded(rows, side="left", extra=2, pad_id=0), shared)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    got = torch.autograd.grad((scores * weights).sum(), parameters, allow_unused=True)
+    for one, other in zip(got, slopes, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_row_without_tokens_is_refused(reward_model):
     with pytest.raises(ModelError, match="no attended token"):
         reward_model(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 0], [0, 0, 0]]))
