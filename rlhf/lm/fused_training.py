@@ -15,8 +15,8 @@ The equations, with x the residual stream [M, H], r(x) = 1 / sqrt(mean(x^2) + ep
 
 It serves what `fused_decoding` serves, save for norms on queries and keys and for biases outside of the attention's
 input, in float32 on a CPU, where its speed was measured. `fused_training_probe` shows once per model that it computes
-the model's own hidden states and gradients; any other body, and one with hooks, adapters or checkpointing, goes through
-its own forward.
+the model's own hidden states and gradients. Any other body, and one with hooks, adapters, checkpointing or compiled
+layers, goes through its own forward.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def read_fused_pass(body: Any) -> FusedPass | None:
     Structure alone proves nothing: ask `fused_training_probe`.
     """
     if not has_fusible_structure(body) or getattr(body, "gradient_checkpointing", False):
+        return None
+    if any(module._compiled_call_impl is not None for module in body.modules()):  # somebody asked for torch.compile
         return None
     if any(p.device.type != "cpu" or p.dtype is not torch.float32 for p in body.parameters()):
         return None

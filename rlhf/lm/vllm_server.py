@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.errors import ConfigError
+from rlhf.lm.engine import Answer
 from rlhf.lm.generator_config import VllmGeneratorConfig
-from rlhf.lm.vllm_generator import Answer
 
 REQUESTS_AT_ONCE = 64
 """Connections of one process, where each prompt is a request with a seed of its own; the size of the client's pool."""

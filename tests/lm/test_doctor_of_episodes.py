@@ -77,8 +77,9 @@ def verdicts(findings):
 def test_healthy_conversations_pass_without_a_warning(preset, group_size):
     findings = diagnose(preset=preset, group_size=group_size, limit=12, room=96)
     assert verdicts(findings) == {}
-    assert findings["ratio"].measured == "|log ratio| mean 0, max 0"
-    assert findings["kl"].measured == "|log policy - log reference| mean 0, max 0"
+    # Rows of other batches, so of products of other sizes: float32 rounds differently in the last places.
+    for name in ("ratio", "kl"):
+        assert float(findings[name].measured.rpartition("max ")[2]) < 1e-5
     assert "of turns cut at 12 tokens" in findings["limit"].measured
     assert findings["room"].measured == "0% of episodes without room for one more turn"
 

@@ -13,13 +13,14 @@ from rlhf.commands.recipes import find_recipe, import_recipe
 from rlhf.config import load_config, validate
 from rlhf.errors import ConfigError, DataError, ModelError, TrainingError
 from rlhf.lm.actors import make_generator
+from rlhf.lm.engine import Answer
 from rlhf.lm.engine_weights import checkpoint_weights
 from rlhf.lm.generation import TransformersGenerator
 from rlhf.lm.generator_config import VllmGeneratorConfig
 from rlhf.lm.loading import LoraSettings, add_lora, character_tokenizer
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.sampling import SamplingConfig
-from rlhf.lm.vllm_generator import Answer, VllmGenerator, make_vllm_generator
+from rlhf.lm.vllm_generator import VllmGenerator, make_vllm_generator
 from tests.lm import stand_in_vllm
 from tests.lm.fresh_models import CONFIGS, END, PAD, VOCABULARY, fresh_model, left_padded
 from tests.recipes.test_language_recipes import run, settings
