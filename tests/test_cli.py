@@ -391,6 +391,15 @@ def test_table_shows_the_metrics_asked_for(tmp_path):
     assert result.stdout.splitlines()[2] == "| grpo | digits | 1234 (1) | nan (2) | 1 ± 0 (2) | 0, 1 |"
 
 
+def test_table_reads_null_as_not_a_number(tmp_path):
+    write_run(tmp_path / "a", seed=0, metrics={"explained_variance": None, "kl": 2.0})
+    assert (
+        make_table([tmp_path], metrics=["kl", "explained_variance"])
+        .splitlines()[2]
+        .startswith("| grpo | digits | 2 | nan |")
+    )
+
+
 def test_table_columns_of_one_iteration_and_of_each_seed(tmp_path):
     for seed, (before, after) in enumerate([(0.1, 0.8), (0.3, 0.9)]):
         run = tmp_path / f"run{seed}"

@@ -163,7 +163,7 @@ def _read_run(file: Path) -> FinishedRun:
             config_name=summary["config_name"],
             seed=summary.get("seed"),
             seconds=float(summary["seconds"]),
-            metrics={name: float(value) for name, value in summary["metrics"].items()},
+            metrics={name: _number(value) for name, value in summary["metrics"].items()},
             settings={key: value for key, value in settings.items() if not key.startswith(RUN_SETTINGS)},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -224,3 +224,8 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _number(value: Any) -> float:
+    """JSON has no NaN: summaries hold null for it, as for the explained variance of returns that are all alike."""
+    return float("nan") if value is None else float(value)
