@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -126,7 +127,8 @@ def make_generator(
         model: A causal language model, bare or with adapters, on its device.
         tokenizer: The model's.
         config: What writes; None is the model itself.
-        accelerator: Whose processes take part in starting an engine; None makes one.
+        accelerator: Whose mixed precision the model writes in, and whose processes take part in starting an engine;
+            None computes in the weights' precision, and makes one for an engine.
         seed: Of an engine's own stream.
 
     Raises:
@@ -143,8 +145,16 @@ def make_generator(
         return make_vllm_generator(
             config, model, end_token_ids=ends, pad_token_id=pad, accelerator=accelerator, seed=seed
         )
-    backend = (config or TransformersGeneratorConfig()).backend
-    return TransformersGenerator(model, end_token_ids=ends, pad_token_id=pad, backend=backend)
+    config = config or TransformersGeneratorConfig()
+    mixed = accelerator is not None and accelerator.mixed_precision == "bf16"
+    return TransformersGenerator(
+        model,
+        end_token_ids=ends,
+        pad_token_id=pad,
+        backend=config.backend,
+        dtype=torch.bfloat16 if mixed else None,
+        cuda_graphs=config.cuda_graphs,
+    )
 
 
 def pick_tokenizer(model: ModelConfig, source: SourceConfig) -> PreTrainedTokenizerBase:

@@ -24,13 +24,14 @@ class InPlaceLayer(CacheLayerMixin):
 
     Args:
         capacity: Columns that will ever be needed: prompt plus longest completion.
+        zeroed: Fill storage with zeros: who reads columns that are yet to be written, with weight 0, needs numbers.
     """
 
     is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, zeroed: bool = False) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.zeroed = capacity, zeroed
         self.rows = 0
         self.length = 0
         self.offset = 0  # columns that are not in `keys` because the prompts are kept apart
@@ -61,13 +62,27 @@ class InPlaceLayer(CacheLayerMixin):
 
     def append(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
         """As `update` after `start_decoding`, for one column [n, 2, heads, head_dim] in one write."""
-        assert self.pair is not None, "keys and values of one width, after start_decoding"
         start = self.length - self.offset
         if start == self.keys.shape[2]:
             self._grow(start + 1)
-        self.pair[:, : self.rows, :, start] = keys_values.transpose(0, 1)
+        self.active_pair()[:, :, :, start] = keys_values.transpose(0, 1)
         self.length += 1
         return self.keys[: self.rows, :, : start + 1], self.values[: self.rows, :, : start + 1]
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Keep the prompts, and what follows, in another precision."""
+        self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
+
+    def reserve(self, columns: int, *, written: int) -> None:
+        """Make room for `columns`, of which `written` are in use."""
+        self.length = written
+        if columns - self.offset > self.keys.shape[2]:
+            self._grow(columns - self.offset)
+
+    def active_pair(self) -> Tensor:
+        """Keys and values [2, n, H, columns, D] of the active rows, a view; after `start_decoding`."""
+        assert self.pair is not None, "keys and values of one width, after start_decoding"
+        return self.pair[:, : self.rows]
 
     def start_decoding(self, group_size: int, *, share: bool) -> None:
         """Make rows for `group_size` completions of each prompt, consecutively.
@@ -114,7 +129,8 @@ class InPlaceLayer(CacheLayerMixin):
         """Replace `keys` and `values` by new storage of the same heads and widths."""
         if self.keys.shape[1:2] + self.keys.shape[3:] == self.values.shape[1:2] + self.values.shape[3:]:
             _, heads, _, width = self.keys.shape
-            self.pair = self.keys.new_empty(2, self.rows, heads, columns, width)
+            make = self.keys.new_zeros if self.zeroed else self.keys.new_empty
+            self.pair = make(2, self.rows, heads, columns, width)
             self.keys, self.values = self.pair.unbind(0)
         else:
             self.keys, self.values = (_storage(like, self.rows, columns) for like in (self.keys, self.values))
@@ -138,10 +154,12 @@ class InPlaceCache(Cache):
     Args:
         num_layers: Layers of the model that keep keys and values.
         capacity: Columns that will ever be needed.
+        zeroed: See `InPlaceLayer`.
     """
 
-    def __init__(self, num_layers: int, *, capacity: int) -> None:
-        super().__init__(layers=[InPlaceLayer(capacity) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, *, capacity: int, zeroed: bool = False) -> None:
+        super().__init__(layers=[InPlaceLayer(capacity, zeroed=zeroed) for _ in range(num_layers)])
+        self.capacity = capacity
         self.last_updated = self.layers[0]
         self.last_views: tuple[Tensor | None, Tensor | None] = (None, None)
         self.groups: PromptGroups | None = None
@@ -163,7 +181,7 @@ class InPlaceCache(Cache):
 
     def start_decoding(self, group_size: int, *, share: bool, prompt_mask: Tensor) -> None:
         """Make rows for the completions; with `share`, each prompt [N, P] stays stored once."""
-        for layer in self._used_layers():
+        for layer in self.used_layers():
             layer.start_decoding(group_size, share=share)
         if not share:
             return
@@ -173,22 +191,33 @@ class InPlaceCache(Cache):
         if not bool(prompt_mask.all()):
             self.prompt_bias = padding_bias(prompt_mask, self.layers[0].keys.dtype)
 
+    def reserve(self, columns: int, *, written: int) -> None:
+        """Make room for `columns` in every layer, of which `written` are in use."""
+        for layer in self.used_layers():
+            layer.reserve(columns, written=written)
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Keep all keys and values in another precision; before `start_decoding`."""
+        for layer in self.used_layers():
+            layer.round_to(dtype)
+
     def move_rows(self, sources: Tensor, destinations: Tensor, kept: Tensor) -> None:
         """Fill the places of finished rows with the last rows, so that row i is the former row `kept[i]`."""
-        for layer in self._used_layers():
+        for layer in self.used_layers():
             layer.move_rows(sources, destinations, len(kept))
         if self.groups is None:
             return
         prompt_of_row = self.groups.prompt_of_row[kept]
         needed, renumbered = prompt_of_row.unique(return_inverse=True)
         if len(needed) < self.groups.prompts:
-            for layer in self._used_layers():
+            for layer in self.used_layers():
                 layer.keep_prompts(needed)
             if self.prompt_bias is not None:
                 self.prompt_bias = self.prompt_bias[needed]
         self.groups = PromptGroups(renumbered, len(needed))
 
-    def _used_layers(self) -> list[InPlaceLayer]:
+    def used_layers(self) -> list[InPlaceLayer]:
+        """The layers that hold anything."""
         return [layer for layer in self.layers if isinstance(layer, InPlaceLayer) and layer.is_initialized]
 
 

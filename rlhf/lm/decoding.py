@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rlhf.errors import ModelError
-from rlhf.lm.backbone import CausalParts, evaluating, takes_positions
+from rlhf.lm.backbone import CausalParts, autocasting, evaluating, takes_positions
 from rlhf.lm.cache import InPlaceCache, padding_bias
-from rlhf.lm.fused_decoding import read_fused_step
+from rlhf.lm.fused_decoding import read_fused_step, read_head
 from rlhf.lm.fused_probe import fusing_is_exact
 from rlhf.lm.sampling import SamplingConfig, choose_tokens
 from rlhf.lm.shared_prompt import SharedPromptError, shared_prompt_attention
@@ -129,7 +129,16 @@ class Decoder:
         generator: Source of randomness.
         end_token_ids: Tokens that finish a row.
         drop_finished: False keeps finished rows in the batch (for tests and measurements).
+        dtype: Precision of products where it is not the weights' (mixed precision); prompts are then read under
+            autocast.
     """
+
+    shares_prompts = True
+    """Whether prompts may be kept once per group."""
+    column_multiple = 1
+    """The cache's width is a multiple of this."""
+    reads_ahead = False
+    """Whether attention reads columns that are yet to be written, behind a mask."""
 
     def __init__(
         self,
@@ -142,8 +151,9 @@ class Decoder:
         generator: torch.Generator | None,
         end_token_ids: Sequence[int],
         drop_finished: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.plan, self.sampling, self.generator = plan, sampling, generator
+        self.plan, self.sampling, self.generator, self.dtype = plan, sampling, generator, dtype
         self.end_token_ids, self.drop_finished = end_token_ids, drop_finished
         self.device = prompt_ids.device
         self.prompt_length = prompt_ids.shape[1]
@@ -152,23 +162,30 @@ class Decoder:
         self.log_probs = torch.zeros(steps, rows, dtype=torch.float32, device=self.device)
         self.row_ids = torch.arange(rows, device=self.device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.cache = InPlaceCache(plan.num_layers, capacity=self.prompt_length + steps)
+        capacity = self.prompt_length + steps
+        capacity += -capacity % self.column_multiple
+        self.cache = InPlaceCache(plan.num_layers, capacity=capacity, zeroed=self.reads_ahead)
         self.padded = not bool(prompt_mask.all())
-        self.logits = self._prefill(prompt_ids, prompt_mask).repeat_interleave(group_size, dim=0)
+        with autocasting(self.device, dtype):
+            logits = self._prefill(prompt_ids, prompt_mask)
+        self.logits = logits.repeat_interleave(group_size, dim=0)
+        # Read for each batch: training changes weights, and adapters or hooks may have come since the plan was made.
+        self.fused = read_fused_step(plan.parts.body, dtype=dtype) if plan.can_fuse else None
+        self.head = read_head(plan.parts.head, dtype) if self.fused is not None else plan.parts.head
+        if self.fused is not None and dtype is not None:
+            self.cache.round_to(dtype)
         worthwhile = group_size > 1 and (self.device.type != "cpu" or self.prompt_length > SHORT_PROMPT)
-        self.shared = plan.can_share_prompts and worthwhile
+        self.shared = self.shares_prompts and plan.can_share_prompts and worthwhile
         self.cache.start_decoding(group_size, share=self.shared, prompt_mask=prompt_mask)
         self.positions = prompt_mask.sum(dim=1).repeat_interleave(group_size)[:, None]  # [n, 1] of the next token
         self.mask = self._make_mask(prompt_mask.repeat_interleave(group_size, dim=0))
-        # Read for each batch: training changes weights, and adapters or hooks may have come since the plan was made.
-        self.fused = read_fused_step(plan.parts.body) if plan.can_fuse else None
 
     def run(self) -> int:
         """Write tokens until every row is finished or the limit is reached; return the number of steps."""
         limit = self.sampling.max_completion_length
         check_steps = 1 if self.device.type == "cpu" else DEVICE_CHECK_STEPS
         attention = shared_prompt_attention(self.plan.parts.config, self.cache) if self.shared else nullcontext()
-        with attention:
+        with attention, autocasting(self.device, self.dtype if self.fused is None else None):
             for step in range(limit):
                 tokens = self._choose(step)
                 if step + 1 == limit:
@@ -221,21 +238,29 @@ class Decoder:
     def _uniforms(self, step: int) -> Tensor:
         """[n] uniform numbers; each row's depend on seed and row alone, not on which rows are still active."""
         if step % UNIFORM_STEPS == 0:
-            steps = min(UNIFORM_STEPS, self.sampling.max_completion_length - step)
-            source = self.generator.device if self.generator is not None else torch.device("cpu")
-            shape = (steps, self.token_ids.shape[1])
-            self._block = torch.rand(shape, generator=self.generator, device=source).to(self.device)
+            self._block = self.draw_uniforms(step)
         return self._block[step % UNIFORM_STEPS].index_select(0, self.row_ids)
+
+    def draw_uniforms(self, step: int) -> Tensor:
+        """[at most UNIFORM_STEPS, rows] uniform numbers for the steps from `step` on."""
+        steps = min(UNIFORM_STEPS, self.sampling.max_completion_length - step)
+        source = self.generator.device if self.generator is not None else torch.device("cpu")
+        shape = (steps, self.token_ids.shape[1])
+        return torch.rand(shape, generator=self.generator, device=source).to(self.device)
 
     def _drop_finished(self, tokens: Tensor) -> Tensor:
         """Take finished rows out of the batch; return the tokens of the others."""
         finished = self.finished.tolist()
-        count = len(finished)
-        remaining = count - sum(finished)
+        remaining = finished.count(False)
         if remaining == 0:
             return tokens[:0]
-        if remaining == count or not self.drop_finished:
+        if remaining == len(finished) or not self.drop_finished:
             return tokens
+        return tokens[self._keep_unfinished(finished)]
+
+    def _keep_unfinished(self, finished: list[bool]) -> Tensor:
+        """Move the unfinished rows to the front and forget the others; return which row each of them was."""
+        count, remaining = len(finished), finished.count(False)
         holes = [row for row in range(remaining) if finished[row]]
         movers = [row for row in range(remaining, count) if not finished[row]]
         keep = list(range(remaining))
@@ -248,7 +273,7 @@ class Decoder:
         self.row_ids, self.positions, self.finished = self.row_ids[kept], self.positions[kept], self.finished[kept]
         if self.mask is not None:
             self.mask = self.mask[kept]
-        return tokens[kept]
+        return kept
 
     def _advance(self, tokens: Tensor) -> None:
         """Feed the chosen tokens [n] and compute the logits of the next ones."""
@@ -263,4 +288,4 @@ class Decoder:
                 input_ids=tokens[:, None], attention_mask=mask, past_key_values=self.cache, use_cache=True, **arguments
             )[0][:, -1]
         self.positions = self.positions + 1
-        self.logits = self.plan.parts.head(hidden)
+        self.logits = self.head(hidden)

@@ -13,28 +13,22 @@ of the model's own forward. Any other model decodes through its own forward: the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
+from rlhf.lm.backbone import LogitsHead
 from rlhf.lm.cache import InPlaceCache
+from rlhf.lm.fusible_structure import has_fusible_structure, is_plain_linear, norm_epsilon, parts_of
 from rlhf.lm.shared_prompt import attend
-from rlhf.training.linear import FastLinear, linear, linear_onto
+from rlhf.training.linear import linear, linear_onto
 
-MERGE_LIMIT = 2**22
+MERGE_LIMITS = {"cpu": 2**22, "cuda": 2**24}
 """Elements up to which matrices are merged. Beyond, the product itself takes the time and the copy too much memory."""
-
-_BODY_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
-_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
-
-class _NotFusibleError(Exception):
-    """The body has another structure; it decodes through its own forward."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +42,26 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Projection:
-    """One or several linear maps of the same input, their outputs side by side."""
+    """One or several linear maps of the same input, their outputs side by side, in the precision of the matrices."""
 
     matrices: list[tuple[Tensor, Tensor | None]]
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        hidden = self._round(hidden)
         if len(self.matrices) == 1:
             return linear(hidden, *self.matrices[0])
         return torch.cat([linear(hidden, weight, bias) for weight, bias in self.matrices], dim=-1)
 
     def add_to(self, residual: Tensor, hidden: Tensor) -> Tensor:
-        """Residual [n, H] + map of hidden [n, I]; only for a single map."""
+        """Residual [n, H] + map of hidden [n, I], in the residual's precision; only for a single map."""
+        hidden = self._round(hidden)
+        if hidden.dtype is not residual.dtype:
+            return residual + linear(hidden, *self.matrices[0])
         return linear_onto(residual, hidden, *self.matrices[0])
+
+    def _round(self, hidden: Tensor) -> Tensor:
+        dtype = self.matrices[0][0].dtype
+        return hidden if hidden.dtype is dtype else hidden.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,10 @@ def _project_heads(layer: _Layer, hidden: Tensor, cosines: Tensor, sines: Tensor
         normed = rms_norm(turned, (layer.head_dim,), None, layer.query_key_norm.epsilon)
         torch.mul(normed, layer.query_key_norm.weight, out=turned)
     swapped = turned.roll(layer.head_dim // 2, dims=-1)
-    turned.mul_(cosines).addcmul_(swapped, sines)
+    if cosines.dtype is turned.dtype:
+        turned.mul_(cosines).addcmul_(swapped, sines)
+    else:
+        turned.copy_(turned * cosines + swapped * sines)
     return heads
 
 
@@ -177,6 +182,11 @@ def _attend(
             scaling=layer.scaling,
         )
         return attended.view(rows, -1)
+    if queries.device.type == "cuda":
+        grouped = queries.reshape(rows, layer.key_heads, -1, layer.head_dim)
+        bias = None if mask is None else mask.expand(*grouped.shape[:3], -1)
+        attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=layer.scaling)
+        return attended.reshape(rows, -1)
     # Queries of one key head side by side; faster than scaled_dot_product_attention for one token on a CPU.
     queries = queries.reshape(rows * layer.key_heads, -1, layer.head_dim) * layer.scaling
     scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2))
@@ -186,91 +196,42 @@ def _attend(
     return torch.bmm(weights.to(values.dtype), values.flatten(0, 1)).view(rows, -1)
 
 
-def read_fused_step(body: Any) -> FusedStep | None:
+def read_fused_step(body: Any, *, dtype: torch.dtype | None = None) -> FusedStep | None:
     """A `FusedStep` with the weights `body` has now, or None where its structure is another.
 
     Structure alone proves nothing (Gemma's norms add one to their weights): ask
     `fused_probe.fusing_is_exact` once before.
+
+    Args:
+        body: The body of a causal language model.
+        dtype: Precision of products and attention, as under autocast; norms and residuals keep the weights'. None
+            computes everything in the weights' precision.
     """
     if not has_fusible_structure(body):
         return None
-    return FusedStep(body, [_read_layer(layer) for layer in body.layers])
+    return FusedStep(body, [_read_layer(layer, dtype) for layer in body.layers])
 
 
-def has_fusible_structure(body: Any) -> bool:
-    """Whether a body has the parts that fused passes know, each of them plain."""
-    parameter = next(body.parameters(), None)  # an adapter's critic has none of its own
-    if parameter is None or parameter.device.type == "meta" or torch.is_autocast_enabled(parameter.device.type):
-        return False
-    try:
-        for module in body.modules():
-            # Hooks may want to see or change every step; accelerate replaces `forward` to move weights around.
-            _require(not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module))
-        _require(_parts(body) == _BODY_PARTS and type(body.embed_tokens) is nn.Embedding)
-        _require(type(body.embed_tokens.weight) is nn.Parameter and body.embed_tokens.max_norm is None)
-        _require(len(body.layers) == body.config.num_hidden_layers > 0)
-        _require_norm(body.norm)
-        for index, layer in enumerate(body.layers):
-            _require_layer(layer, index)
-    except _NotFusibleError:
-        return False
-    return True
+def read_head(head: LogitsHead, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """The head with its matrix in the precision of products; as it is where it is no plain linear layer."""
+    if dtype is None or not is_plain_linear(head.module):
+        return head
+    projection = _Projection([_matrix(head.module, dtype)])
+    return lambda hidden: head.adjust(projection(hidden))
 
 
-def _require_layer(layer: Any, index: int) -> None:
-    _require(_parts(layer) == _LAYER_PARTS and _parts(layer.mlp) == _MLP_PARTS)
-    attention, mlp = layer.self_attn, layer.mlp
-    normed = _parts(attention) == _ATTENTION_PARTS | {"q_norm", "k_norm"}
-    _require(normed or _parts(attention) == _ATTENTION_PARTS)
-    for module in (layer, attention, mlp):  # attention sinks and the like
-        _require(not module._parameters and not module._buffers)
-    head_dim, scaling = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
-    if not isinstance(head_dim, int) or not isinstance(scaling, float) or head_dim % 2 != 0:
-        raise _NotFusibleError
-    _require(getattr(attention, "layer_idx", None) == index)
-    _require_norm(layer.input_layernorm)
-    _require_norm(layer.post_attention_layernorm)
-    _require_projection(attention.q_proj, attention.k_proj, attention.v_proj)
-    for modules in ((attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
-        _require_projection(*modules)
-    query_heads, key_heads = (module.out_features // head_dim for module in (attention.q_proj, attention.k_proj))
-    _require(attention.q_proj.out_features == query_heads * head_dim)
-    _require(attention.v_proj.out_features == attention.k_proj.out_features == key_heads * head_dim)
-    if normed:
-        for norm in (attention.q_norm, attention.k_norm):
-            _require_norm(norm)
-            _require(norm.weight.shape == (head_dim,))
-        _require(norm_epsilon(attention.q_norm) == norm_epsilon(attention.k_norm))
-
-
-def _require_norm(module: Any) -> None:
-    _require(isinstance(norm_epsilon(module), float) and set(module._parameters) == {"weight"} and not _parts(module))
-    _require(type(module.weight) is nn.Parameter)
-
-
-def _require_projection(*modules: Any) -> None:
-    for module in modules:  # exact types: adapters, quantized and parametrized layers are subclasses or others
-        _require(type(module) in (nn.Linear, FastLinear) and type(module.weight) is nn.Parameter)
-        _require((module.bias is None) == (modules[0].bias is None) and module.weight.dtype == modules[0].weight.dtype)
-
-
-def norm_epsilon(module: Any) -> Any:
-    """The epsilon of an RMSNorm module, under whichever of its two names."""
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
-def _read_layer(layer: Any) -> _Layer:
+def _read_layer(layer: Any, dtype: torch.dtype | None) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     query_heads, key_heads = (
         module.out_features // attention.head_dim for module in (attention.q_proj, attention.k_proj)
     )
     return _Layer(
-        qkv=_read_normed(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj),
-        query_key_norm=_read_head_norms(attention, query_heads, key_heads) if "q_norm" in _parts(attention) else None,
-        output=_read_projection(attention.o_proj),
-        gate_up=_read_normed(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj),
+        qkv=_read_normed(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype),
+        query_key_norm=_read_head_norms(attention, query_heads, key_heads) if "q_norm" in parts_of(attention) else None,
+        output=_read_projection(attention.o_proj, dtype=dtype),
+        gate_up=_read_normed(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, dtype=dtype),
         activation=mlp.act_fn,
-        down=_read_projection(mlp.down_proj),
+        down=_read_projection(mlp.down_proj, dtype=dtype),
         query_heads=query_heads,
         key_heads=key_heads,
         head_dim=attention.head_dim,
@@ -289,17 +250,26 @@ def _read_head_norms(attention: Any, query_heads: int, key_heads: int) -> _Norm:
     return _Norm(weight=torch.cat(weights), epsilon=norms[0].epsilon)
 
 
-def _read_projection(*modules: Any) -> _Projection:
-    matrices = [(module.weight.detach(), module.bias) for module in modules]
-    if len(modules) == 1 or sum(weight.numel() for weight, _ in matrices) > MERGE_LIMIT:
+def _matrix(module: Any, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer, rounded where products are computed in another precision."""
+    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+    if dtype is None:
+        return weight, bias
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _read_projection(*modules: Any, dtype: torch.dtype | None) -> _Projection:
+    matrices = [_matrix(module, dtype) for module in modules]
+    limit = MERGE_LIMITS.get(matrices[0][0].device.type, 0)
+    if len(modules) == 1 or sum(weight.numel() for weight, _ in matrices) > limit:
         return _Projection(matrices)
     weight = torch.cat([weight for weight, _ in matrices])
     bias = None if modules[0].bias is None else torch.cat([bias for _, bias in matrices])
     return _Projection([(weight, bias)])
 
 
-def _read_normed(norm_module: Any, *modules: Any) -> _NormedProjection:
-    norm, projection = _read_norm(norm_module), _read_projection(*modules)
+def _read_normed(norm_module: Any, *modules: Any, dtype: torch.dtype | None) -> _NormedProjection:
+    norm, projection = _read_norm(norm_module), _read_projection(*modules, dtype=dtype)
     weight, bias = projection.matrices[0]
     # Only a merged matrix is ours to change; in 16 bits, the product of two weights would be rounded once more.
     if len(projection.matrices) > 1 or weight.dtype not in (torch.float32, torch.float64):
@@ -307,12 +277,3 @@ def _read_normed(norm_module: Any, *modules: Any) -> _NormedProjection:
     width = weight.shape[1]
     folded = _Projection([(weight * (norm.weight * width**0.5), bias)])
     return _NormedProjection(norm, folded, weight.new_tensor((width * norm.epsilon) ** 0.5))
-
-
-def _parts(module: nn.Module) -> set[str]:
-    return set(module._modules)
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise _NotFusibleError

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
-from rlhf.lm.fused_decoding import has_fusible_structure, norm_epsilon
+from rlhf.lm.fusible_structure import has_fusible_structure, norm_epsilon
 from rlhf.lm.token_layout import TokenLayout
 from rlhf.training.linear import linear, linear_onto, weight_gradient
 
@@ -73,6 +73,8 @@ def read_fused_pass(body: Any) -> FusedPass | None:
     Structure alone proves nothing: ask `fused_training_probe`.
     """
     if not has_fusible_structure(body) or getattr(body, "gradient_checkpointing", False):
+        return None
+    if torch.is_autocast_enabled("cpu"):
         return None
     if any(module._compiled_call_impl is not None for module in body.modules()):  # somebody asked for torch.compile
         return None

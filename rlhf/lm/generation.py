@@ -16,12 +16,16 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf.errors import ConfigError, DataError
-from rlhf.lm.backbone import evaluating, split_model, unwrap_adapters
+from rlhf.lm.backbone import autocasting, evaluating, split_model, unwrap_adapters
 from rlhf.lm.compilation import uncompiled
 from rlhf.lm.decoding import Decoder, plan_decoding
+from rlhf.lm.fusible_structure import has_fusible_structure
+from rlhf.lm.graphed_decoding import GraphedDecoder, can_be_recorded
 from rlhf.lm.sampling import SamplingConfig, choose_tokens
 
 __all__ = ["Generation", "Generator", "SamplingConfig", "TransformersGenerator"]
+
+DecodePath = Literal["graph", "fused", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +68,14 @@ class TransformersGenerator:
         backend: `in_place` (this module's loop) or `generate` (transformers' own `model.generate`, for models
             with recurrent or chunked layers, which `in_place` refuses).
         drop_finished: False keeps finished rows in the batch of `in_place`; only the time changes.
+        dtype: The trainer's precision of products (bfloat16 in mixed precision), so that sampler and trainer round
+            alike; None computes in the weights' own.
+        cuda_graphs: On a GPU, record the decode step where the model allows (`graphed_decoding`).
 
     Attributes:
-        decode_path: How the last batch was decoded (before the first: how it will be): `fused` (see
-            `fused_decoding`) or `model` (the model's own forward). The tokens are the same, only the time differs.
+        decode_path: How the last batch was decoded (before the first: how it will be): `graph` (see
+            `graphed_decoding`), `fused` (see `fused_decoding`) or `model` (the model's own forward). The tokens are
+            the same, only the time differs.
 
     Raises:
         ModelError: The model's layers keep states that `in_place` cannot handle, or its logits cannot be repeated.
@@ -82,17 +90,20 @@ class TransformersGenerator:
         pad_token_id: int,
         backend: Literal["in_place", "generate"] = "in_place",
         drop_finished: bool = True,
+        dtype: torch.dtype | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model
         self.end_token_ids = (
             [end_token_ids] if isinstance(end_token_ids, int) else [int(token) for token in end_token_ids]
         )
         self.pad_token_id = int(pad_token_id)
-        self.backend, self.drop_finished = backend, drop_finished
+        self.backend, self.drop_finished, self.dtype = backend, drop_finished, dtype
         if not self.end_token_ids:
             raise ConfigError("generation needs at least one end token", where="end_token_ids")
         self._plan = plan_decoding(split_model(model)) if backend == "in_place" else None
-        self.decode_path: Literal["fused", "model"] = "fused" if self._plan and self._plan.can_fuse else "model"
+        self._records = bool(self._plan) and cuda_graphs and can_be_recorded(self._plan)
+        self.decode_path: DecodePath = self._path(model.device, fused=self._plan is not None and self._plan.can_fuse)
 
     @torch.no_grad()  # not inference_mode: its tensors could never enter autograd later
     def generate(
@@ -124,7 +135,9 @@ class TransformersGenerator:
         with evaluating(self.model), uncompiled(self.model):
             if self._plan is None:
                 return self._generate(prompt_ids, prompt_mask, group_size, sampling, generator)
-            decoder = Decoder(
+            fused = self._plan.can_fuse and has_fusible_structure(self._plan.parts.body)
+            self.decode_path = self._path(prompt_ids.device, fused=fused)
+            decoder = (GraphedDecoder if self.decode_path == "graph" else Decoder)(
                 self._plan,
                 prompt_ids,
                 prompt_mask,
@@ -133,10 +146,15 @@ class TransformersGenerator:
                 generator=generator,
                 end_token_ids=self.end_token_ids,
                 drop_finished=self.drop_finished,
+                dtype=self.dtype,
             )
-            self.decode_path = "fused" if decoder.fused is not None else "model"
             steps = decoder.run()
         return self._finish(decoder.token_ids[:steps].T, decoder.log_probs[:steps].T)
+
+    def _path(self, device: torch.device, *, fused: bool) -> DecodePath:
+        if not fused:
+            return "model"
+        return "graph" if self._records and device.type == "cuda" else "fused"
 
     def _generate(
         self,
@@ -153,15 +171,16 @@ class TransformersGenerator:
         # The model's own defaults (repetition penalty, forced tokens, ...) would change the distribution unseen.
         base.generation_config = GenerationConfig()
         try:
-            sequences = base.generate(
-                prompt_ids.repeat_interleave(group_size, dim=0),
-                attention_mask=prompt_mask.repeat_interleave(group_size, dim=0).long(),
-                max_new_tokens=sampling.max_completion_length,
-                do_sample=False,
-                eos_token_id=self.end_token_ids,
-                pad_token_id=self.pad_token_id,
-                logits_processor=LogitsProcessorList([processor]),
-            )
+            with autocasting(prompt_ids.device, self.dtype):
+                sequences = base.generate(
+                    prompt_ids.repeat_interleave(group_size, dim=0),
+                    attention_mask=prompt_mask.repeat_interleave(group_size, dim=0).long(),
+                    max_new_tokens=sampling.max_completion_length,
+                    do_sample=False,
+                    eos_token_id=self.end_token_ids,
+                    pad_token_id=self.pad_token_id,
+                    logits_processor=LogitsProcessorList([processor]),
+                )
         finally:
             base.generation_config = defaults
         return self._finish(sequences[:, prompt_ids.shape[1] :], torch.stack(processor.log_probs, dim=1))

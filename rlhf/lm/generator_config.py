@@ -16,6 +16,8 @@ class TransformersGeneratorConfig(Config):
     backend: Literal["in_place", "generate"] = "in_place"
     """in_place is several times faster; generate is transformers' own loop, for models with recurrent layers (Mamba),
     which in_place refuses."""
+    cuda_graphs: bool = True
+    """On a GPU, record the decode step of Llama-like models as a CUDA graph, which takes Python out of the loop."""
 
 
 class VllmGeneratorConfig(Config):
