@@ -1,16 +1,20 @@
 """One GRPO step, ours against TRL's GRPOTrainer: equal model, prompts, lengths, updates, threads; side by side.
 
-    python benchmarks/grpo.py                       # every case; writes benchmarks/results/grpo.{md,json}
+    python benchmarks/grpo.py                       # every case; writes benchmarks/results/grpo.{md,json}, on a GPU
+                                                    # grpo_gpu.{md,json}
     python benchmarks/grpo.py --cases tiny_32 --steps 20
 
 The table is written after each case. Rows of cases that are not run again stay, if they were measured with the same
 versions and threads.
 
-Both start from the same folder on the CPU in float32 and make one optimizer step per rollout of 8 prompts x 8
+Both start from the same folder, on a CPU in float32, and make one optimizer step per rollout of 8 prompts x 8
 completions, without a KL term. Time is measured in one process, the two taking turns within TRL's training loop, so
 that a busy machine slows both alike. Peak memory is measured in a process for each side. TRL skips the old-log-prob
 forward in this setting; ours is measured with it (`recompute`) and without (`auto`, the default, which makes it every
 20th step).
+
+On a GPU (`gpu_` cases) weights are float32 and products bfloat16 on both sides, by autocast; TRL generates through
+transformers, as it does without vLLM. Memory is then what torch allocated on the GPU at most.
 
 Cases without an end run every completion to the limit: the end token lies outside the model's vocabulary. In
 `tiny_ends` the model ends a completion after 40 tokens on average, 128 at most. `wide_24` has a small body under a
@@ -59,7 +63,24 @@ MODELS = {
         "num_attention_heads": 2,
         "vocab": 151_665,
     },
+    "half_billion": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab": 151_665,
+    },
+    "one_and_a_half_billion": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab": 151_665,
+    },
 }
+"""Shapes; the last two are Qwen2.5-0.5B's and -1.5B's, with an output matrix of its own."""
 
 
 class Case(NamedTuple):
@@ -79,6 +100,9 @@ CASES = {
     "tiny_ends": Case("tiny", 128, ends=True, steps=11),
     "small_128": Case("small", 128, ends=False, steps=3),
     "wide_24": Case("wide", 24, ends=False, steps=3),
+    "gpu_05b_256": Case("half_billion", 256, ends=False, steps=3),
+    "gpu_05b_ends": Case("half_billion", 256, ends=True, steps=3),
+    "gpu_15b_256": Case("one_and_a_half_billion", 256, ends=False, steps=2),
 }
 TOKENIZER = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "qwen2.5"
 """Of the wide model; see `--tokenizer`."""
@@ -92,7 +116,7 @@ def make_model(folder: Path, case: Case, wide_tokenizer: Path) -> str:
 
     shape = dict(MODELS[case.model])
     vocabulary = shape.pop("vocab")
-    real = case.model == "wide" and wide_tokenizer.is_dir()
+    real = vocabulary == 151_665 and wide_tokenizer.is_dir()
     tokenizer = load_tokenizer(wide_tokenizer) if real else _one_token_per_character(vocabulary)
     assert len(tokenizer) == vocabulary, f"{wide_tokenizer} has {len(tokenizer)} tokens, not {vocabulary}"
     torch.manual_seed(0)
@@ -122,7 +146,7 @@ def _make_ends_likely(model: Any, end: int, vocabulary: int) -> None:
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0
         layer.mlp.down_proj.weight[0] = 0.0
-    ids = torch.randint(3, vocabulary, (32, 64))
+    ids = torch.randint(3, vocabulary, (8, 64))
     level = model.model(ids)[0][..., 0].mean()
     model.lm_head.weight[:, 0] = 0.0
     model.lm_head.weight[end] = 0.0
@@ -147,7 +171,7 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
 class Ours:
     """One step of this toolkit."""
 
-    def __init__(self, folder: Path, limit: int, old_log_probs: str) -> None:
+    def __init__(self, folder: Path, limit: int, old_log_probs: str, *, gpu: bool) -> None:
         from rlhf.core.algorithm import AlgorithmConfig
         from rlhf.core.presets import resolve_algorithm
         from rlhf.data.records import Prompt
@@ -163,8 +187,9 @@ class Ours:
 
         algorithm = AlgorithmConfig.model_validate(resolve_algorithm({"preset": "grpo", "kl": {"type": "none"}}))
         tokenizer = load_tokenizer(folder)
-        model = load_causal_lm(ModelConfig(path=str(folder)))
-        policy, generator = LanguageModelPolicy(model), make_generator(model, tokenizer)
+        accelerator = make_accelerator(mixed_precision="bf16" if gpu else "no")
+        model = load_causal_lm(ModelConfig(path=str(folder))).to(accelerator.device)
+        policy, generator = LanguageModelPolicy(model), make_generator(model, tokenizer, accelerator=accelerator)
         config = CollectorConfig(
             prompts_per_iteration=PROMPTS,
             group_size=GROUP,
@@ -172,9 +197,10 @@ class Ours:
             old_log_probs=old_log_probs,
             samples=0,
         )
-        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=2048, adam_epsilon=1e-8)
+        tokens = 2**15 if gpu else 2048
+        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=tokens, adam_epsilon=1e-8)
         self.algorithm = algorithm
-        self.learner = Learner(policy, algorithm, update, accelerator=make_accelerator())
+        self.learner = Learner(policy, algorithm, update, accelerator=accelerator)
         self.collector = PromptCollector(
             [Prompt(text) for text in prompts_of(folder, 256)],
             policy=policy,
@@ -183,6 +209,7 @@ class Ours:
             reward=reward,
             config=config,
             single_step=True,
+            accelerator=accelerator,
         )
         self.generation_seconds = 0.0
         self.lengths: list[float] = []
@@ -192,11 +219,11 @@ class Ours:
         inner = generator.generate
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
+            started = _now()
             try:
                 return inner(*arguments, **named)
             finally:
-                self.generation_seconds += time.perf_counter() - started
+                self.generation_seconds += _now() - started
 
         generator.generate = timed
 
@@ -209,7 +236,7 @@ class Ours:
         self.lengths.append(rollout.metrics["rollout/length_mean"])
 
 
-def make_trl(folder: Path, limit: int, steps: int, scratch: Path) -> Any:
+def make_trl(folder: Path, limit: int, steps: int, scratch: Path, *, gpu: bool) -> Any:
     """TRL's trainer with the same settings, and nothing on that this comparison does not need."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -219,8 +246,8 @@ def make_trl(folder: Path, limit: int, steps: int, scratch: Path) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)
     arguments = GRPOConfig(
         output_dir=str(scratch),
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not gpu,
+        bf16=gpu,
         gradient_checkpointing=False,
         per_device_train_batch_size=PROMPTS * GROUP,
         gradient_accumulation_steps=1,
@@ -264,10 +291,10 @@ def make_stopwatch(between: Callable[[], None]) -> Any:
             self.seconds: list[float] = []
 
         def on_step_begin(self, *arguments: Any, **named: Any) -> None:
-            self._started = time.perf_counter()
+            self._started = _now()
 
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
-            self.seconds.append(time.perf_counter() - self._started)
+            self.seconds.append(_now() - self._started)
             between()
 
     return Stopwatch()
@@ -275,17 +302,17 @@ def make_stopwatch(between: Callable[[], None]) -> Any:
 
 def compare(case: str, folder: Path, steps: int, warm_up: int) -> dict[str, Any]:
     """Time both sides, taking turns."""
-    limit = CASES[case].limit
-    ours = {name: Ours(folder, limit, name) for name in ("recompute", "auto")}
+    limit, gpu = CASES[case].limit, runs_on_gpu(case)
+    ours = {name: Ours(folder, limit, name, gpu=gpu) for name in ("recompute", "auto")}
     seconds: dict[str, list[float]] = {name: [] for name in ours}
 
     def take_our_turn() -> None:
         for name, side in ours.items():
-            started = time.perf_counter()
+            started = _now()
             side.step()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(_now() - started)
 
-    trainer = make_trl(folder, limit, steps + warm_up, folder / "trl")
+    trainer = make_trl(folder, limit, steps + warm_up, folder / "trl", gpu=gpu)
     stopwatch = make_stopwatch(take_our_turn)
     trainer.add_callback(stopwatch)
     generation = _time_method(trainer, "_generate_single_turn")
@@ -304,15 +331,27 @@ def compare(case: str, folder: Path, steps: int, warm_up: int) -> dict[str, Any]
     return result
 
 
+def _now() -> float:
+    """Seconds, when all that was started on the GPU has ended."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def runs_on_gpu(case: str) -> bool:
+    """Whether a case is one for a GPU."""
+    return case.startswith("gpu_")
+
+
 def _time_method(owner: Any, name: str) -> list[float]:
     inner, total = getattr(owner, name), [0.0]
 
     def timed(*arguments: Any, **named: Any) -> Any:
-        started = time.perf_counter()
+        started = _now()
         try:
             return inner(*arguments, **named)
         finally:
-            total[0] += time.perf_counter() - started
+            total[0] += _now() - started
 
     setattr(owner, name, timed)
     return total
@@ -331,7 +370,7 @@ def _record_lengths(trainer: Any) -> list[float]:
 
 
 def measure_memory(case: str, side: str, folder: Path, steps: int) -> float:
-    """Peak resident GiB of a process that makes a few steps of one side."""
+    """Peak GiB (resident, or on the GPU) of a process that makes a few steps of one side."""
     command = [
         sys.executable,
         __file__,
@@ -352,13 +391,16 @@ def measure_memory(case: str, side: str, folder: Path, steps: int) -> float:
 
 def run_side(case: str, side: str, folder: Path, steps: int) -> None:
     """Make steps of one side alone and print the peak memory."""
-    limit = CASES[case].limit
+    limit, gpu = CASES[case].limit, runs_on_gpu(case)
     if side == "trl":
-        make_trl(folder, limit, steps, folder / "trl").train()
+        make_trl(folder, limit, steps, folder / "trl", gpu=gpu).train()
     else:
-        ours = Ours(folder, limit, side)
+        ours = Ours(folder, limit, side, gpu=gpu)
         for _ in range(steps):
             ours.step()
+    if gpu:
+        print(torch.cuda.max_memory_allocated() / 2**30)
+        return
     # Not getrusage: its maximum is inherited from the parent through fork.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
@@ -369,17 +411,22 @@ def environment(threads: int) -> str:
     import transformers
     import trl
 
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
-    return f"{threads} threads, {versions}"
+    return f"{machine}, {threads} threads, {versions}"
 
 
 def kept_results(cases: Sequence[str], measured_with: str) -> dict[str, dict[str, Any]]:
     """Rows of an earlier table of the same environment whose cases are not run now."""
-    path = RESULTS / "grpo.json"
+    path = RESULTS / f"{_table_name()}.json"
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     if not isinstance(earlier, dict) or earlier.get("environment") != measured_with:
         return {}
     return {row["case"]: row for row in earlier["rows"] if row["case"] in CASES and row["case"] not in cases}
+
+
+def _table_name() -> str:
+    return "grpo_gpu" if torch.cuda.is_available() else "grpo"
 
 
 def write_results(results: dict[str, dict[str, Any]], measured_with: str) -> None:
@@ -388,7 +435,7 @@ def write_results(results: dict[str, dict[str, Any]], measured_with: str) -> Non
     lines = [
         "# One GRPO step: ours against TRL's GRPOTrainer",
         "",
-        f"8 prompts x 8 completions, one optimizer step, no KL term, CPU float32, {measured_with}. "
+        f"8 prompts x 8 completions, one optimizer step, no KL term, float32 weights, {measured_with}. "
         "Medians; the ratio is the median over turns of TRL's time / ours. Written by `python benchmarks/grpo.py`, "
         "which says what the cases are.",
         "",
@@ -405,8 +452,10 @@ def write_results(results: dict[str, dict[str, Any]], measured_with: str) -> Non
             f"| {r['trl_gib']:.2f} / {r['auto_gib']:.2f} | {r['auto_gib'] / r['trl_gib']:.2f} |"
         )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "grpo.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "grpo.json").write_text(json.dumps({"environment": measured_with, "rows": rows}, indent=2) + "\n")
+    (RESULTS / f"{_table_name()}.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{_table_name()}.json").write_text(
+        json.dumps({"environment": measured_with, "rows": rows}, indent=2) + "\n"
+    )
     print("\n".join(lines), flush=True)
 
 
@@ -421,10 +470,14 @@ def measure_case(name: str, *, steps: int | None, warm_up: int, wide_tokenizer: 
     return result | memory | {"tokenizer": tokenizer}
 
 
+def _cases_here() -> list[str]:
+    return [case for case in CASES if runs_on_gpu(case) == torch.cuda.is_available()]
+
+
 def main() -> None:
     """Run the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=_cases_here())
     parser.add_argument("--steps", type=int, help="measured steps of each side, instead of the case's own number")
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
