@@ -63,9 +63,8 @@ class GraphedDecoder(Decoder):
         self.block_row = torch.zeros_like(self.step)
         self.column = torch.full_like(self.step, self.prompt_length)
         self.uniforms = torch.zeros(UNIFORM_STEPS, self.token_ids.shape[1], device=self.device)
-        self.pool = torch.cuda.graph_pool_handle() if record else None
         self.reach = self.prompt_length
-        self.last_step = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
         self._start_shapes()
 
     def run(self) -> int:
@@ -89,8 +88,10 @@ class GraphedDecoder(Decoder):
 
     def _start_shapes(self) -> None:
         """Forget the recording: shapes or memory have changed."""
+        if self.graph is not None:
+            torch.cuda.current_stream().synchronize()  # its memory must not be given away while it runs
         self.view = _FixedColumns(self.cache, self.column, self.reach)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph = None
         self.has_run = False
 
     def _extend(self, step: int) -> None:
@@ -136,7 +137,7 @@ class GraphedDecoder(Decoder):
         try:
             with torch.cuda.stream(stream):
                 # Other threads may use the GPU meanwhile (data loaders that pin memory).
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._take_step()
                 finally:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from rlhf.core.algorithm import AlgorithmConfig
 from rlhf.core.presets import resolve_algorithm
@@ -12,7 +13,7 @@ from rlhf.lm.collector import PromptCollector
 from rlhf.lm.collector_config import CollectorConfig
 from rlhf.lm.compilation import compile_layers
 from rlhf.lm.generation import TransformersGenerator
-from rlhf.lm.loading import character_tokenizer
+from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm
 from rlhf.lm.log_probs import selected_log_probs
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.sampling import SamplingConfig
@@ -24,6 +25,12 @@ from tests.lm.fresh_models import PAD, fresh_model, left_padded
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 ENDS = [2, 3, 4]
 """Several, so that rows end at different steps."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process has one mixed precision; each test chooses its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def on_gpu(prompts):
@@ -108,7 +115,7 @@ def test_log_probs_equal_the_cpus_and_never_hold_all_logits():
     hidden, targets = torch.randn(256, 64), torch.randint(100_000, (256,))
     results = []
     for device in ("cpu", "cuda"):
-        head, own = head.to(device), hidden.to(device).requires_grad_()
+        head, own = head.to(device), hidden.detach().clone().to(device).requires_grad_()
         head.weight.grad = None
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -127,7 +134,8 @@ def test_log_probs_equal_the_cpus_and_never_hold_all_logits():
 def test_grpo_learns(precision):
     torch.manual_seed(0)
     tokenizer = character_tokenizer("abcdefgh")
-    model = fresh_model("llama", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128).cuda()
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = load_causal_lm(ModelConfig(config={"model_type": "llama", **shape}), tokenizer).cuda()
     algorithm = AlgorithmConfig.model_validate(resolve_algorithm({"preset": "grpo", "kl": {"type": "none"}}))
     accelerator = make_accelerator(mixed_precision=precision)
     policy = LanguageModelPolicy(model)
@@ -157,7 +165,7 @@ def test_grpo_learns(precision):
     scores = []
     for _ in range(60):
         rollout = collector.collect()
-        scores.append(rollout.metrics["rollout/reward_mean"])
+        scores.append(rollout.metrics["rollout/score_mean"])
         metrics = learner.update(estimate(rollout, algorithm))
         assert all(math.isfinite(value) for value in metrics.values())
     assert generator.decode_path == "graph"
