@@ -2,6 +2,7 @@
 # make demo        the whole of RLHF and of reasoning fine-tuning on two CPU cores, in minutes
 # make test        every test
 # make test-fast   without the slow ones
+# make test-gpu    what only a GPU can show; the other tests hide it
 # make lint        format, rules, types, who may import whom
 # make constraints writes constraints.txt from what .venv has; run it after `make test` passed with newer versions
 
@@ -20,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread per worker: small networks are slower with more, and workers share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-fast lint format setup constraints
+.PHONY: help demo test test-fast test-gpu lint format setup constraints
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,6 +39,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST)
+
+test-gpu: $(STAMP)
+	RLHF_TEST_ON_GPU=1 $(BIN)/python -m pytest tests/lm/test_on_gpu.py
 
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"

@@ -6,9 +6,10 @@ model's own weights in about half the operations: queries, keys and values in on
 residuals added by the product that makes them.
 
 It serves bodies of pre-norm RMSNorm, rotary attention (grouped or not, with or without biases and query/key norms) and
-a gated MLP: Llama, Qwen2, Qwen3, Mistral without a window. No name decides that: the parts are found by structure,
-each module must be plain (no adapter, quantization, hook or patched forward), and a probe must show the hidden states
-of the model's own forward. Any other model decodes through its own forward: the same tokens, only slower.
+a gated MLP: Llama, Qwen2, Qwen3, Mistral without a window, with LoRA adapters or without. No name decides that: the
+parts are found by structure, each module must be plain (no quantization, hook or patched forward), and a probe must
+show the hidden states of the model's own forward. Any other model decodes through its own forward: the same tokens,
+only slower.
 """
 
 from __future__ import annotations
@@ -41,26 +42,46 @@ class _Norm:
 
 
 @dataclass(frozen=True)
+class _Map:
+    """A linear layer as it computes now."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: list[tuple[Tensor, Tensor]]
+    """(A [r, I], scaled B [O, r]) of each LoRA adapter that is not part of `weight`."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._adapt(linear(hidden, self.weight, self.bias), hidden)
+
+    def add_to(self, residual: Tensor, hidden: Tensor) -> Tensor:
+        if hidden.dtype is not residual.dtype:
+            return residual + self(hidden)
+        return self._adapt(linear_onto(residual, hidden, self.weight, self.bias), hidden)
+
+    def _adapt(self, output: Tensor, hidden: Tensor) -> Tensor:
+        for down, up in self.adapters:
+            output = output + linear(linear(hidden.to(down.dtype), down), up)
+        return output.to(hidden.dtype) if self.adapters else output
+
+
+@dataclass(frozen=True)
 class _Projection:
     """One or several linear maps of the same input, their outputs side by side, in the precision of the matrices."""
 
-    matrices: list[tuple[Tensor, Tensor | None]]
+    maps: list[_Map]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         hidden = self._round(hidden)
-        if len(self.matrices) == 1:
-            return linear(hidden, *self.matrices[0])
-        return torch.cat([linear(hidden, weight, bias) for weight, bias in self.matrices], dim=-1)
+        if len(self.maps) == 1:
+            return self.maps[0](hidden)
+        return torch.cat([one(hidden) for one in self.maps], dim=-1)
 
     def add_to(self, residual: Tensor, hidden: Tensor) -> Tensor:
         """Residual [n, H] + map of hidden [n, I], in the residual's precision; only for a single map."""
-        hidden = self._round(hidden)
-        if hidden.dtype is not residual.dtype:
-            return residual + linear(hidden, *self.matrices[0])
-        return linear_onto(residual, hidden, *self.matrices[0])
+        return self.maps[0].add_to(residual, self._round(hidden))
 
     def _round(self, hidden: Tensor) -> Tensor:
-        dtype = self.matrices[0][0].dtype
+        dtype = self.maps[0].weight.dtype
         return hidden if hidden.dtype is dtype else hidden.to(dtype)
 
 
@@ -207,7 +228,7 @@ def read_fused_step(body: Any, *, dtype: torch.dtype | None = None) -> FusedStep
         dtype: Precision of products and attention, as under autocast; norms and residuals keep the weights'. None
             computes everything in the weights' precision.
     """
-    if not has_fusible_structure(body):
+    if not has_fusible_structure(body, adapters=True):
         return None
     return FusedStep(body, [_read_layer(layer, dtype) for layer in body.layers])
 
@@ -216,7 +237,7 @@ def read_head(head: LogitsHead, dtype: torch.dtype | None) -> Callable[[Tensor],
     """The head with its matrix in the precision of products; as it is where it is no plain linear layer."""
     if dtype is None or not is_plain_linear(head.module):
         return head
-    projection = _Projection([_matrix(head.module, dtype)])
+    projection = _Projection([_read_map(head.module, dtype, merge=True)])
     return lambda hidden: head.adjust(projection(hidden))
 
 
@@ -250,30 +271,41 @@ def _read_head_norms(attention: Any, query_heads: int, key_heads: int) -> _Norm:
     return _Norm(weight=torch.cat(weights), epsilon=norms[0].epsilon)
 
 
-def _matrix(module: Any, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer, rounded where products are computed in another precision."""
-    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-    if dtype is None:
-        return weight, bias
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
+def _read_map(module: Any, dtype: torch.dtype | None, *, merge: bool) -> _Map:
+    """A linear layer, with its adapters in the matrix or beside it, rounded where products have another precision."""
+    base = module if is_plain_linear(module) else module.base_layer
+    weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+    adapters = []
+    if base is not module and not module.disable_adapters and not module.merged:
+        for name in module.active_adapters:
+            if merge:
+                weight = weight + module.get_delta_weight(name).detach().to(weight.dtype)
+            else:
+                scaled = module.lora_B[name].weight.detach() * module.scaling[name]
+                adapters.append((module.lora_A[name].weight.detach(), scaled))
+    if dtype is not None:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _Map(weight, bias, adapters)
 
 
 def _read_projection(*modules: Any, dtype: torch.dtype | None) -> _Projection:
-    matrices = [_matrix(module, dtype) for module in modules]
-    limit = MERGE_LIMITS.get(matrices[0][0].device.type, 0)
-    if len(modules) == 1 or sum(weight.numel() for weight, _ in matrices) > limit:
-        return _Projection(matrices)
-    weight = torch.cat([weight for weight, _ in matrices])
-    bias = None if modules[0].bias is None else torch.cat([bias for _, bias in matrices])
-    return _Projection([(weight, bias)])
+    """Several maps as one where the matrices are small; adapters become part of a matrix that is copied anyway."""
+    first = modules[0].weight
+    small = sum(module.weight.numel() for module in modules) <= MERGE_LIMITS.get(first.device.type, 0)
+    maps = [_read_map(module, dtype, merge=small or dtype is not None) for module in modules]
+    if len(maps) == 1 or not small:
+        return _Projection(maps)
+    weight = torch.cat([one.weight for one in maps])
+    bias = None if maps[0].bias is None else torch.cat([one.bias for one in maps if one.bias is not None])
+    return _Projection([_Map(weight, bias, [])])
 
 
 def _read_normed(norm_module: Any, *modules: Any, dtype: torch.dtype | None) -> _NormedProjection:
     norm, projection = _read_norm(norm_module), _read_projection(*modules, dtype=dtype)
-    weight, bias = projection.matrices[0]
+    weight, bias = projection.maps[0].weight, projection.maps[0].bias
     # Only a merged matrix is ours to change; in 16 bits, the product of two weights would be rounded once more.
-    if len(projection.matrices) > 1 or weight.dtype not in (torch.float32, torch.float64):
+    if len(projection.maps) > 1 or weight.dtype not in (torch.float32, torch.float64):
         return _NormedProjection(norm, projection, None)
     width = weight.shape[1]
-    folded = _Projection([(weight * (norm.weight * width**0.5), bias)])
+    folded = _Projection([_Map(weight * (norm.weight * width**0.5), bias, [])])
     return _NormedProjection(norm, folded, weight.new_tensor((width * norm.epsilon) ** 0.5))

@@ -6,6 +6,7 @@ the body's own numbers, `fused_probe` for decoding and `fused_training_probe` fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,8 +23,13 @@ class _NotFusibleError(Exception):
     """The body has another structure; it decodes through its own forward."""
 
 
-def has_fusible_structure(body: Any) -> bool:
-    """Whether a body has the parts that fused passes know, each of them plain."""
+def has_fusible_structure(body: Any, *, adapters: bool = False) -> bool:
+    """Whether a body has the parts that fused passes know, each of them plain.
+
+    Args:
+        body: The body of a causal language model.
+        adapters: Whether linear layers may carry LoRA adapters.
+    """
     parameter = next(body.parameters(), None)  # an adapter's critic has none of its own
     if parameter is None or parameter.device.type == "meta":
         return False
@@ -36,13 +42,17 @@ def has_fusible_structure(body: Any) -> bool:
         _require(len(body.layers) == body.config.num_hidden_layers > 0)
         _require_norm(body.norm)
         for index, layer in enumerate(body.layers):
-            _require_layer(layer, index)
+            _require_layer(layer, index, is_map=_is_map_with_adapters if adapters else is_plain_linear)
     except _NotFusibleError:
         return False
     return True
 
 
-def _require_layer(layer: Any, index: int) -> None:
+def _is_map_with_adapters(module: Any) -> bool:
+    return is_plain_linear(module) or is_plain_lora(module)
+
+
+def _require_layer(layer: Any, index: int, *, is_map: Callable[[Any], bool]) -> None:
     _require(parts_of(layer) == _LAYER_PARTS and parts_of(layer.mlp) == _MLP_PARTS)
     attention, mlp = layer.self_attn, layer.mlp
     normed = parts_of(attention) == _ATTENTION_PARTS | {"q_norm", "k_norm"}
@@ -55,9 +65,9 @@ def _require_layer(layer: Any, index: int) -> None:
     _require(getattr(attention, "layer_idx", None) == index)
     _require_norm(layer.input_layernorm)
     _require_norm(layer.post_attention_layernorm)
-    _require_projection(attention.q_proj, attention.k_proj, attention.v_proj)
+    _require_projection(attention.q_proj, attention.k_proj, attention.v_proj, is_map=is_map)
     for modules in ((attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
-        _require_projection(*modules)
+        _require_projection(*modules, is_map=is_map)
     query_heads, key_heads = (module.out_features // head_dim for module in (attention.q_proj, attention.k_proj))
     _require(attention.q_proj.out_features == query_heads * head_dim)
     _require(attention.v_proj.out_features == attention.k_proj.out_features == key_heads * head_dim)
@@ -73,10 +83,21 @@ def _require_norm(module: Any) -> None:
     _require(type(module.weight) is nn.Parameter)
 
 
-def _require_projection(*modules: Any) -> None:
-    for module in modules:  # exact types: adapters, quantized and parametrized layers are subclasses or others
-        _require(is_plain_linear(module))
+def _require_projection(*modules: Any, is_map: Callable[[Any], bool]) -> None:
+    for module in modules:  # exact types: quantized and parametrized layers are subclasses or others
+        _require(is_map(module))
         _require((module.bias is None) == (modules[0].bias is None) and module.weight.dtype == modules[0].weight.dtype)
+
+
+def is_plain_lora(module: Any) -> bool:
+    """Whether a layer is a plain linear one with LoRA adapters that add B A x and nothing else."""
+    from peft.tuners.lora import Linear
+
+    if type(module) is not Linear or not is_plain_linear(module.base_layer):
+        return False
+    active = module.active_adapters
+    variants = any(name in module.lora_variant or module.lora_bias.get(name) for name in active)
+    return not module.fan_in_fan_out and not variants and all(name in module.lora_A for name in active)
 
 
 def is_plain_linear(module: Any) -> bool:

@@ -135,7 +135,7 @@ class TransformersGenerator:
         with evaluating(self.model), uncompiled(self.model):
             if self._plan is None:
                 return self._generate(prompt_ids, prompt_mask, group_size, sampling, generator)
-            fused = self._plan.can_fuse and has_fusible_structure(self._plan.parts.body)
+            fused = self._plan.can_fuse and has_fusible_structure(self._plan.parts.body, adapters=True)
             self.decode_path = self._path(prompt_ids.device, fused=fused)
             decoder = (GraphedDecoder if self.decode_path == "graph" else Decoder)(
                 self._plan,

@@ -1,17 +1,19 @@
 """The fused decode step against the models' own forward."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.lm import decoding
+from rlhf.lm import decoding, fused_decoding
 from rlhf.lm.cache import InPlaceCache, padding_bias
 from rlhf.lm.fused_decoding import read_fused_step
 from rlhf.lm.fused_probe import fusing_is_exact
 from rlhf.lm.generation import TransformersGenerator
 from rlhf.lm.loading import LoraSettings, add_lora
+from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.sampling import SamplingConfig
 from tests.lm.fresh_models import END, PAD, fresh_model, left_padded
 
@@ -136,13 +138,61 @@ def test_other_models_take_their_own_forward(name):
     assert make(fresh_model(name)).decode_path == "model"
 
 
-def test_adapters_take_the_models_own_forward():
+def with_adapters(name, dtype=torch.float32, **settings):
+    """A model whose fresh adapters, which would do nothing, do something."""
+    model = add_lora(fresh_model(name).to(dtype), LoraSettings(rank=4, **settings))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("limit", [2**22, 0])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_adapters_decode_too(name, limit, monkeypatch):
+    monkeypatch.setattr(fused_decoding, "MERGE_LIMITS", {"cpu": limit})  # adapters in the matrix, or beside it
+    model, (ids, mask) = with_adapters(name), left_padded((3, 9, 5))
+    generator, sampling = make(model), SamplingConfig(max_completion_length=15, greedy=True)
+    settings = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": END, "pad_token_id": PAD}
+    results = []
+    for adapter_off in (False, True):
+        with model.disable_adapter() if adapter_off else nullcontext():
+            got = generator.generate(ids, mask, sampling=sampling).completion_ids
+            expected = model.generate(input_ids=ids, attention_mask=mask.long(), **settings)[:, ids.shape[1] :]
+        assert generator.decode_path == "fused"
+        assert torch.equal(got, expected)
+        results.append(got.tolist())
+    assert results[0] != results[1]
+
+
+def test_adapters_in_float32_on_a_bfloat16_model_decode_too():
+    model, (ids, mask) = with_adapters("llama", torch.bfloat16), left_padded((3, 9, 5))
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    generator = make(model)
+    result = generator.generate(ids, mask, group_size=8, sampling=SamplingConfig(max_completion_length=15))
+    assert generator.decode_path == "fused"
+    inputs = {"prompt_ids": ids.repeat_interleave(8, 0), "prompt_mask": mask.repeat_interleave(8, 0)}
+    inputs["completion_mask"] = result.completion_mask
+    with torch.no_grad():
+        trainers = LanguageModelPolicy(model)(inputs, result.completion_ids).log_probs
+        exact = LanguageModelPolicy(model.float())(inputs, result.completion_ids).log_probs
+    rounding = (trainers - exact).abs()[result.completion_mask].mean()
+    assert (trainers - result.sampling_log_probs).abs()[result.completion_mask].mean() < 1.5 * rounding
+
+
+def test_adapters_that_do_more_take_the_models_own_forward():
+    from peft import LoraConfig, get_peft_model
+
     model = fresh_model()
     generator = make(model)
     assert generator.decode_path == "fused"
-    assert make(add_lora(model, LoraSettings(rank=4))).decode_path == "model"
-    generator.generate(*left_padded((3,)), sampling=SamplingConfig(max_completion_length=3))  # added after the plan
+    # added after the plan was made
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], use_dora=True))
+    generator.generate(*left_padded((3,)), sampling=SamplingConfig(max_completion_length=3))
     assert generator.decode_path == "model"
+    assert make(adapted).decode_path == "model"
 
 
 @pytest.mark.parametrize("fault", ["scaling", "norm"])

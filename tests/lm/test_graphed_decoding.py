@@ -111,6 +111,6 @@ def test_which_models_can_be_recorded():
         (fresh_model("llama"), True),
         (fresh_model("llama", rope_parameters=rope), False),  # looks at the batch's greatest position
         (fresh_model("gemma"), False),
-        (add_lora(fresh_model("llama"), LoraSettings(rank=2)), False),
+        (add_lora(fresh_model("llama"), LoraSettings(rank=2)), True),
     ):
         assert can_be_recorded(make(model)._plan) is expected
