@@ -15,7 +15,7 @@ import yaml
 
 from classic_rl.agents import make_agent
 from classic_rl.dqn_config import DQNConfig
-from classic_rl.environments import EnvironmentConfig
+from classic_rl.environments import EnvironmentConfig, make_environments
 from classic_rl.off_policy import OffPolicySchedule, Player
 from classic_rl.q_networks import DuelingConfig, QNetwork, QNetworkConfig
 from classic_rl.saliency import draw_saliency, saliency
@@ -185,3 +185,41 @@ def test_saliency_is_the_gradient_of_each_stream(tmp_path):
     assert (tmp_path / "maps.png").stat().st_size > 1000
     with pytest.raises(ModelError, match="dueling"):
         saliency(QNetwork(space, 3, config=QNetworkConfig(convolutions="minatar")), images, values=values)
+
+
+ATARI = {
+    "off_policy": ["dqn_atari_breakout", "dqn_atari_pong", "rainbow_atari_pong"],
+    "on_policy": ["atari_pong_ppo"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config"), [(name, config) for name in ATARI for config in ATARI[name]])
+def test_atari_presets_go_on_after_a_lost_life_and_evaluate_whole_games(name, config):
+    # Mnih et al. 2015: a lost life ends the return, not the game. Tried on Breakout, whose games have five lives.
+    pytest.importorskip("ale_py")
+    settings = load_config(import_recipe(find_recipe(name)).CONFIG, FOLDER.parent / name / f"{config}.yaml", [])
+    judged = {**settings.environment.kwargs, **getattr(settings, "evaluation_kwargs", {})}
+    whole_games = [(judged, [0])] if name == "off_policy" else []  # on_policy evaluates as it trains: Pong has no lives
+    for kwargs, lives_at_ends in [(settings.environment.kwargs, [4, 3, 2, 1, 0]), *whole_games]:
+        ends, fresh = _lives_over_games(
+            settings.environment.model_copy(update={"id": "ale_py:ALE/Breakout-v5", "num_envs": 1, "kwargs": kwargs})
+        )
+        assert ends[: len(lives_at_ends)] == lives_at_ends
+        assert set(ends) == set(lives_at_ends)
+        assert all(new == (old if old else 5) for old, new in zip(ends, fresh, strict=False))
+
+
+def _lives_over_games(environment):
+    """Lives left at every end that the environment tells, and after the step that follows it."""
+    environments = make_environments(environment, images=True)
+    environments.reset(seed=1)
+    generator, ends, fresh, ended = np.random.default_rng(0), [], [], False
+    for _ in range(600):
+        _, _, terminated, truncated, infos = environments.step(generator.integers(4, size=1))
+        if ended:
+            fresh.append(int(infos["lives"][0]))
+        ended = bool(terminated[0] or truncated[0])
+        if ended:
+            ends.append(int(infos["lives"][0]))
+    environments.close()
+    return ends, fresh
