@@ -9,7 +9,8 @@ The loss stays `rlhf.core.objective`'s: only what lies below the policy's three 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,17 @@ from rlhf.training.optimizer import FlatParameters
 
 if TYPE_CHECKING:
     from classic_rl.policy import ActorCritic
+
+
+class Scored(NamedTuple):
+    """What the way back needs of the way there."""
+
+    distribution: tuple[Any, ...]
+    """Of its `score`, for its `slope`."""
+    actor: list[np.ndarray]
+    """The inputs of its layers."""
+    critic: list[np.ndarray]
+    """The inputs of its layers; empty without a critic."""
 
 
 class FusedPolicy:
@@ -68,6 +80,33 @@ class FusedPolicy:
         log_probs, entropy, values = _Fused.apply(self.flat.parameter, observations, actions, self)
         return PolicyOutput(log_probs, entropy, values)
 
+    def score(self, observations: Tensor, actions: Tensor) -> tuple[PolicyOutput, Scored]:
+        """As a call, without autograd; what `gradient` needs comes with it."""
+        shape = observations.shape[:2]
+        x = observations.reshape(-1, observations.shape[-1]).numpy()
+        outputs, hidden = layers_forward(x, *self.actor, self.activation)
+        log_probs, entropy, scores = self.distribution.score(outputs, actions.flatten(0, 1).numpy())
+        values, of_critic = None, []
+        if self.critic is not None:
+            values, of_critic = layers_forward(x, *self.critic, self.activation)
+        arrays = (log_probs, entropy, values)
+        output = PolicyOutput(*(None if one is None else torch.from_numpy(one).view(shape) for one in arrays))  # type: ignore[arg-type]
+        return output, Scored(scores, hidden, of_critic)
+
+    def gradient(self, scored: Scored, slopes: Sequence[Tensor | None]) -> Tensor:
+        """Return the flat gradient, given the loss's with respect to log-probs, entropy and values (None is 0)."""
+        of_log_probs, of_entropy, of_values = (None if g is None else g.reshape(-1).numpy() for g in slopes)
+        gradient = np.empty(self.bounds[-1], dtype=np.float32)
+        pieces = self.pieces(gradient)
+        of_outputs, of_log_std = self.distribution.slope(scored.distribution, of_log_probs, of_entropy)
+        if self.log_std_place is not None:
+            pieces[self.log_std_place][:] = 0.0 if of_log_std is None else of_log_std
+        _network_backward(of_outputs, scored.actor, self.actor, self, [pieces[i] for i in self.actor_places])
+        if self.critic is not None:
+            slope = None if of_values is None else of_values[:, None]
+            _network_backward(slope, scored.critic, self.critic, self, [pieces[i] for i in self.critic_places])
+        return torch.from_numpy(gradient)
+
     def pieces(self, vector: np.ndarray) -> list[np.ndarray]:
         """Views of a flat vector, one per parameter."""
         bounds = self.bounds
@@ -79,33 +118,15 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, flat: Tensor, observations: Tensor, actions: Tensor, fused: FusedPolicy) -> tuple[Any, ...]:
         """Returns log-probs, entropy and values (None without a critic), each [B, T]."""
         del flat  # its memory is what the views show
-        shape = observations.shape[:2]
-        x = observations.reshape(-1, observations.shape[-1]).numpy()
-        outputs, ctx.actor = layers_forward(x, *fused.actor, fused.activation)
-        log_probs, entropy, ctx.scores = fused.distribution.score(outputs, actions.flatten(0, 1).numpy())
         ctx.fused = fused
         ctx.set_materialize_grads(False)
-        values = None
-        if fused.critic is not None:
-            values, ctx.critic = layers_forward(x, *fused.critic, fused.activation)
-            values = torch.from_numpy(values).view(shape)
-        return torch.from_numpy(log_probs).view(shape), torch.from_numpy(entropy).view(shape), values
+        output, ctx.scored = fused.score(observations, actions)
+        return tuple(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
-        fused: FusedPolicy = ctx.fused
-        of_log_probs, of_entropy, of_values = (None if g is None else g.reshape(-1).numpy() for g in slopes)
-        gradient = np.empty(fused.bounds[-1], dtype=np.float32)
-        pieces = fused.pieces(gradient)
-        of_outputs, of_log_std = fused.distribution.slope(ctx.scores, of_log_probs, of_entropy)
-        if fused.log_std_place is not None:
-            pieces[fused.log_std_place][:] = 0.0 if of_log_std is None else of_log_std
-        _network_backward(of_outputs, ctx.actor, fused.actor, fused, [pieces[i] for i in fused.actor_places])
-        if fused.critic is not None:
-            slope = None if of_values is None else of_values[:, None]
-            _network_backward(slope, ctx.critic, fused.critic, fused, [pieces[i] for i in fused.critic_places])
-        return torch.from_numpy(gradient), None, None, None
+        return ctx.fused.gradient(ctx.scored, slopes), None, None, None
 
 
 def _network_backward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from gymnasium import spaces
@@ -69,6 +69,21 @@ class ActorCritic(nn.Module):
             flat: Of the parameters; their gradient then arrives in it as a whole.
         """
         self.fused = FusedPolicy(self, flat) if suits_fusion(self, flat) else None
+
+    def by_hand(
+        self, inputs: Mapping[str, Tensor], actions: Tensor
+    ) -> tuple[PolicyOutput, Callable[[Sequence[Tensor | None]], Tensor]] | None:
+        """As a call, without autograd.
+
+        Returns:
+            The output, and a function from the loss's gradients with respect to its three tensors (None where there is
+            none) to the gradient of the flat parameters; None where autograd has to do it.
+        """
+        fused = self.fused
+        if fused is None or "action_masks" in inputs or not fused.fits(inputs["observations"]):
+            return None
+        output, scored = fused.score(inputs["observations"], actions)
+        return output, lambda slopes: fused.gradient(scored, slopes)
 
     @property
     def needs_rows(self) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from rlhf.core.algorithm import AlgorithmConfig, FixedKl, KlInLoss
 from rlhf.core.entropy import EntropyCoefficient
 from rlhf.core.estimate import standardize_advantages
-from rlhf.core.masking import Reduce, masked_sum, standardize
+from rlhf.core.masking import Reduce, identity, masked_sum, standardize
 from rlhf.core.objective import LossSums, Objective, SurrogateFunction
 from rlhf.core.types import Experience, PolicyOutput
 from rlhf.training import schedules
@@ -229,25 +230,16 @@ class Learner:
         self._optimizer.zero_grad()
         totals: LossSums | None = None
         mixes = self.mixed is not None and self._only is None
+        settings = {
+            "kl_coef": kl_coef if isinstance(self.algorithm.kl, KlInLoss) else 0.0,
+            "clip_scale": clip_scale,
+            "entropy_coef": self.entropy_coef.value,
+        }
         for rows, is_last in _microbatches(own, minibatch, filler_from):
-            with self._sync(is_last and not mixes):
-                output = self._model(rows.inputs, rows.actions)
-                settings = {
-                    "kl_coef": kl_coef if isinstance(self.algorithm.kl, KlInLoss) else 0.0,
-                    "clip_scale": clip_scale,
-                    "entropy_coef": self.entropy_coef.value,
-                }
-                replayed = self._replay(output, rows, minibatch, settings)
-                if replayed is not None:
-                    totals = replayed if totals is None else _added(totals, replayed)
-                    continue
-                sums = self.objective(output, rows, **settings)
-                learned = sums if self._only is None else sums._replace(policy=0.0 * sums.policy)
-                loss = self.objective.loss(learned, minibatch.denominators)
-                if self._averages:
-                    loss = _reach_every_output(loss, output) * self.accelerator.num_processes
-                loss.backward()
-            sums = LossSums(sums.policy.detach(), sums.value.detach(), sums.metrics)
+            sums = self._by_hand(rows, minibatch, settings)
+            if sums is None:
+                with self._sync(is_last and not mixes):
+                    sums = self._by_autograd(rows, minibatch, settings)
             totals = sums if totals is None else _added(totals, sums)
         if mixes:
             self._backward_mixed()
@@ -258,21 +250,50 @@ class Learner:
         assert totals is not None
         return totals
 
-    def _replay(
-        self, output: PolicyOutput, rows: Experience, minibatch: Minibatch, settings: dict[str, float]
-    ) -> LossSums | None:
-        """Compute the sums and leave the gradient without torch's operations; None where autograd has to do it."""
+    def _by_autograd(self, rows: Experience, minibatch: Minibatch, settings: dict[str, float]) -> LossSums:
+        """Add a microbatch's gradient; its loss sums, detached."""
+        output = self._model(rows.inputs, rows.actions)
+        recorded = self._recorded_for(rows, settings)
+        found = None if recorded is None else recorded(output, rows, minibatch.denominators)
+        if found is not None:
+            sums, slopes = found
+            reached = [(x, g) for x, g in zip(output, slopes, strict=True) if x is not None and g is not None]
+            torch.autograd.backward([x for x, _ in reached], [g for _, g in reached])
+            return sums
+        sums = self.objective(output, rows, **settings)
+        learned = sums if self._only is None else sums._replace(policy=0.0 * sums.policy)
+        loss = self.objective.loss(learned, minibatch.denominators)
+        if self._averages:
+            loss = _reach_every_output(loss, output) * self.accelerator.num_processes
+        loss.backward()
+        return LossSums(sums.policy.detach(), sums.value.detach(), sums.metrics)
+
+    def _by_hand(self, rows: Experience, minibatch: Minibatch, settings: dict[str, float]) -> LossSums | None:
+        """Add a microbatch's gradient without torch's operations; None where autograd has to do it.
+
+        The loss must have been recorded, and the policy offer `by_hand(inputs, actions)`.
+        """
+        recorded = self._recorded_for(rows, settings)
+        if recorded is None or not recorded.ready(len(rows)) or not hasattr(self.policy, "by_hand"):
+            return None
+        scored = self.policy.by_hand(rows.inputs, rows.actions)  # type: ignore[operator]
+        if scored is None:
+            return None
+        output, backward = scored
+        found = recorded(output, rows, minibatch.denominators)
+        assert found is not None, "a loss that was recorded can be replayed"
+        sums, slopes = found
+        assert self._optimizer.flat is not None
+        self._optimizer.flat.gradient.add_(backward(slopes))
+        return sums
+
+    def _recorded_for(self, rows: Experience, settings: dict[str, float]) -> RecordedLoss | None:
+        """The loss under these settings as it is recorded; None where it may not be."""
         if not (rows.complete and self._records):
             return None
         if self._recorded is None or self._recorded.settings != settings:
             self._recorded = RecordedLoss(self.objective, settings)
-        found = self._recorded(output, rows, minibatch.denominators)
-        if found is None:
-            return None
-        sums, slopes = found
-        reached = [(x, g) for x, g in zip(output, slopes, strict=True) if x is not None and g is not None]
-        torch.autograd.backward([x for x, _ in reached], [g for _, g in reached])
-        return sums
+        return self._recorded
 
     def _backward_mixed(self) -> None:
         """Add the gradient of the mixed loss; its denominators are global already, like the objective's."""
@@ -369,6 +390,14 @@ def _on_device(experience: Experience, device: torch.device) -> Experience:
 def _standardized(rows: Experience, plan: Epoch, *, reduce: Reduce) -> Experience:
     """Standardize the advantages of every minibatch by itself."""
     counted = rows.counted
+    if counted is None and reduce is identity:  # those of equal size at once
+        parts = []
+        for size, equal in groupby(plan.minibatches, key=lambda minibatch: minibatch.stop - minibatch.start):
+            start, *others = equal
+            together = rows.advantages[start.start : start.start + size * (1 + len(others))]
+            each = torch.vmap(lambda advantages: standardize(advantages, None))(together.unflatten(0, (-1, size)))
+            parts.append(each.flatten(0, 1))
+        return replace(rows, advantages=torch.cat(parts))
     parts = [
         standardize(
             rows.advantages[minibatch.start : minibatch.stop],

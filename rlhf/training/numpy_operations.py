@@ -90,5 +90,10 @@ MADE = {
     _aten._to_copy.default,
 }  # fmt: skip
 """Those whose translation depends on the call's arguments."""
-SIZED = {_aten.expand.default}
+EXPAND = _aten.expand.default
+SIZED = {EXPAND}
 """Those that name the number of rows."""
+FILLED = {_aten.ones_like.default: 1, _aten.zeros_like.default: 0}
+"""Those whose result is one number everywhere."""
+ELEMENTWISE = {_clamped, np.where, *(NUMPY[one] for one in (_aten.masked_fill.Scalar, _aten.masked_fill_.Scalar))}
+"""Functions of NUMPY that broadcast their operands, besides NumPy's ufuncs."""

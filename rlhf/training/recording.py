@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf.core.algorithm import AlgorithmConfig, FixedKl, KlInLoss
 from rlhf.core.objective import LossSums, Objective
 from rlhf.core.types import Experience, PolicyOutput
-from rlhf.training.numpy_operations import MADE, NUMPY, SAME, SIZED, Untranslatable
+from rlhf.training.numpy_operations import ELEMENTWISE, EXPAND, FILLED, MADE, NUMPY, SAME, SIZED, Untranslatable
 from rlhf.training.update_config import UpdateConfig
 
 MIN_ROWS = 16
@@ -55,6 +55,10 @@ class RecordedLoss:
         self._objective, self.settings = objective, settings
         self._program: _Program | None = None
         self.possible = True
+
+    def ready(self, rows: int) -> bool:
+        """Whether a call with so many rows is a replay."""
+        return self._program is not None and rows >= MIN_ROWS
 
     def __call__(
         self, output: PolicyOutput, rows: Experience, denominators: Tensor
@@ -180,7 +184,8 @@ def _record(
 class _Translation:
     """Turns recorded calls into steps. Every operand, constants too, has a place in one list of values.
 
-    A place is written once: what torch changes in place gets a new one. So equal calls need be made only once.
+    A place is written once: what torch changes in place gets a new one. So equal calls need be made only once. A tensor
+    that holds one number for all rows is kept as that number, which NumPy broadcasts where it is used.
     """
 
     def __init__(self, rows: int) -> None:
@@ -189,6 +194,7 @@ class _Translation:
         self.rows, self.rows_at = rows, 0
         self._places: dict[int, int] = {}
         self._constants: dict[tuple[type, str], int] = {}
+        self._spread: set[int] = set()
         self._made: dict[Any, list[int]] = {}
 
     def place(self, tensor: Tensor) -> int:
@@ -212,11 +218,22 @@ class _Translation:
         outs = [out] if isinstance(out, Tensor) else list(out)
         if function in SAME:
             self._places[id(out)] = self.place(arguments[0])
+            if id(arguments[0]) in self._spread:
+                self._spread.add(id(out))
             return
         make = NUMPY.get(function)
         if make is None or (named and function not in MADE):
             raise Untranslatable
-        operands = [self._operand(argument) for argument in _flattened(arguments)]
+        flattened = _flattened(arguments)
+        if self._is_one_number(function, arguments, out):
+            return
+        elementwise = isinstance(make, np.ufunc) or make in ELEMENTWISE
+        operands = [self._operand(argument, arguments[0] if elementwise else None) for argument in flattened]
+        known = [argument for argument in flattened if isinstance(argument, Tensor)]
+        spread = elementwise and all(argument.numel() == 1 or id(argument) in self._spread for argument in known)
+        self._spread.difference_update(map(id, outs))
+        if spread and out.numel() > 1:
+            self._spread.add(id(out))
         call = (function, tuple(operands), repr(named))
         if call in self._made:
             for tensor, place in zip(outs, self._made[call], strict=True):
@@ -230,12 +247,38 @@ class _Translation:
         self._made[call] = [self.new_place(tensor) for tensor in outs]
         self.steps.append(_Step(make, operands, self._made[call], several=not isinstance(out, Tensor)))
 
-    def _operand(self, argument: Any) -> int:
-        if isinstance(argument, Tensor):
-            return self.place(argument)
-        key = type(argument), repr(argument)
+    def _is_one_number(self, function: Any, arguments: tuple[Any, ...], out: Any) -> bool:
+        """Note an expanded number, or a filled tensor, as the number; False where it is neither."""
+        if function in SIZED and arguments[0].numel() == 1:
+            self._places[id(out)] = self.place(arguments[0])
+        elif function in FILLED and out.dtype == torch.float32:
+            self._places[id(out)] = self._constant(np.array(FILLED[function], dtype=np.float32))
+        else:
+            return False
+        if out.numel() > 1:
+            self._spread.add(id(out))
+        return True
+
+    def _operand(self, argument: Any, like: Tensor | None) -> int:
+        """Its place; beside `like`, as an operand of an elementwise operation, numbers may stay numbers."""
+        if not isinstance(argument, Tensor):
+            # With an array of float32 NumPy needs half the time that it needs with a Python number.
+            converts = type(argument) in (int, float) and like is not None and like.dtype == torch.float32
+            return self._constant(np.array(argument, dtype=np.float32) if converts else argument)
+        place = self.place(argument)
+        if like is not None or id(argument) not in self._spread:
+            return place
+        self.values.append(None)
+        whole = len(self.values) - 1
+        size = list(argument.shape)
+        step = NUMPY[EXPAND]((argument, size), self.rows)
+        self.steps.append(_Step(step, [place, self._constant(size), self.rows_at], [whole], several=False))
+        return whole
+
+    def _constant(self, value: Any) -> int:
+        key = type(value), repr(value)
         if key not in self._constants:
-            self.values.append(argument)
+            self.values.append(value)
             self._constants[key] = len(self.values) - 1
         return self._constants[key]
 
