@@ -21,6 +21,7 @@ from classic_rl.distributions import make_distribution
 from classic_rl.envpool_backend import ENVPOOL_ONLY, EnvpoolEnvironments
 from classic_rl.randomization import DomainRandomization, RandomizationConfig
 from classic_rl.spaces import flatten_observations, is_image, observation_size
+from classic_rl.sync_environments import simplified
 from rlhf.config import Config
 from rlhf.errors import ConfigError
 
@@ -118,7 +119,7 @@ def _make(config: EnvironmentConfig, num_envs: int, *, render_mode: str | None =
     try:
         if config.vectorization == "envpool":
             return EnvpoolEnvironments(config.id, num_envs=num_envs, kwargs=config.kwargs)
-        return gymnasium.make_vec(
+        made = gymnasium.make_vec(
             config.id,
             num_envs=num_envs,
             vectorization_mode=_vectorization(config),
@@ -126,6 +127,7 @@ def _make(config: EnvironmentConfig, num_envs: int, *, render_mode: str | None =
             **config.kwargs,
             **rendering,
         )
+        return simplified(made)
     except ConfigError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
@@ -14,6 +15,7 @@ from classic_rl.environments import (
     reset_with_seeds,
     share_of_environments,
 )
+from classic_rl.sync_environments import PlainSyncVectorEnv
 from rlhf.config import validate
 from rlhf.errors import ConfigError
 
@@ -74,3 +76,37 @@ def test_shares_are_even_and_complete():
     ]
     with pytest.raises(ConfigError, match="multiple of 4 processes"):
         share_of_environments(6, num_processes=4, process=0)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "HalfCheetah-v5"])
+def test_the_plain_loop_steps_as_gymnasium_s_own(name):
+    package = {"LunarLander-v3": "Box2D", "HalfCheetah-v5": "mujoco"}.get(name)
+    if package is not None:
+        pytest.importorskip(package)
+    limit = {"max_episode_steps": 30}  # some episodes are cut, others end before
+    plain = make_environments(EnvironmentConfig(id=name, num_envs=3, vectorization="sync", kwargs=limit))
+    assert type(plain) is PlainSyncVectorEnv
+    theirs = gymnasium.make_vec(name, num_envs=3, vectorization_mode="sync", **limit)
+    assert episode_limit(plain) == episode_limit(theirs)
+    np.testing.assert_array_equal(plain.reset(seed=[1, 2, 3])[0], theirs.reset(seed=[1, 2, 3])[0])
+    theirs.action_space.seed(0)
+    ends, previous = 0, None
+    for _ in range(70):
+        actions = theirs.action_space.sample()
+        own, expected = plain.step(actions), theirs.step(actions)
+        for mine, other in zip(own[:4], expected[:4], strict=True):
+            np.testing.assert_array_equal(mine, other)
+            assert mine.dtype == other.dtype
+        assert own[4].keys() == expected[4].keys()
+        for key, values in expected[4].items():
+            np.testing.assert_array_equal(own[4][key], values)
+        if previous is not None:
+            np.testing.assert_array_equal(previous[0], previous[1])  # a later step leaves earlier results alone
+        previous = own[0], own[0].copy()
+        ends += int((own[2] | own[3]).sum())
+    assert ends >= 4
+
+
+def test_other_spaces_keep_gymnasium_s_loop():
+    kept = make_environments(EnvironmentConfig(id="FrozenLake-v1", num_envs=2, vectorization="sync"))
+    assert type(kept) is SyncVectorEnv
