@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.lm.generation import TransformersGenerator
+from rlhf.lm.loading import LoraSettings, add_lora
 from rlhf.lm.sampling import SamplingConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +37,8 @@ SIZES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
     "small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1024},
 }
-VOCABULARIES = {"tiny": 512, "small": 8192}
+SIZES["tiny_lora"] = SIZES["tiny"]  # with adapters of rank 16 on every linear layer
+VOCABULARIES = {"tiny": 512, "small": 8192, "tiny_lora": 512}
 # Rows that end with probability q per token, cut at 128, are (1 - (1 - q)^128) / q long on average: 40 at q = 0.0238.
 END_PROBABILITY = {"full length": 0.0, "mean 40": 0.0238}
 TARGETS = {"full length": 1.4, "mean 40": 2.5}
@@ -49,7 +52,7 @@ class Measurement:
     mean_length: float
 
 
-def make_model(size: str, end_probability: float) -> LlamaForCausalLM:
+def make_model(size: str, end_probability: float) -> Any:
     """A random Llama whose next-token distribution is nearly uniform but for the end token."""
     torch.manual_seed(0)
     vocabulary = VOCABULARIES[size]
@@ -67,7 +70,7 @@ def make_model(size: str, end_probability: float) -> LlamaForCausalLM:
     odds = end_probability / (1 - end_probability) * others
     head.bias.data[END] = math.log(odds) if odds > 0 else -1e9
     model.lm_head = head
-    return model
+    return add_lora(model, LoraSettings(rank=16)).eval() if size.endswith("_lora") else model
 
 
 def make_prompts(count: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +83,7 @@ def make_prompts(count: int, length: int, vocabulary: int) -> tuple[Tensor, Tens
 
 
 def make_sides(
-    model: LlamaForCausalLM, prompts: tuple[Tensor, Tensor], *, group_size: int, length: int
+    model: Any, prompts: tuple[Tensor, Tensor], *, group_size: int, length: int
 ) -> dict[str, Callable[[int], Tensor]]:
     """Two functions from a seed to the completion lengths [rows]."""
     ids, mask = prompts
