@@ -116,6 +116,7 @@ CASES = {
         cleanrl="ppo_continuous_action.py --capture-video False",
     ),
     "a2c_cartpole": Case("on_policy", "cartpole_a2c_zoo", 1.5, {"iterations": 1250}),
+    "a2c_lunarlander": Case("on_policy", "lunarlander_a2c", 1.5),
     "dqn_cartpole": Case("off_policy", "dqn_cartpole", 2.0),
     "dqn_lunarlander": Case("off_policy", "dqn_lunarlander", 2.0, {"schedule.total_steps": 10_000}),
     "dqn_cartpole_cleanrl": Case(
