@@ -12,7 +12,11 @@ from torch.testing import assert_close
 from classic_rl import networks
 from classic_rl.networks import NetworkConfig
 from classic_rl.policy import ActorCritic
+from rlhf.core.presets import ALGORITHMS
+from rlhf.core.types import Experience
+from rlhf.training.learner import Learner
 from rlhf.training.optimizer import FlatParameters
+from rlhf.training.update_config import UpdateConfig
 
 BOX = spaces.Box(-1.0, 1.0, (3,))
 ACTIONS = {"discrete": spaces.Discrete(4), "box": spaces.Box(-1.0, 1.0, (2,))}
@@ -125,3 +129,78 @@ def test_large_layers_through_the_other_library_give_the_same(activation, monkey
         results.append([output, *(parameter.grad.clone() for parameter in network.parameters())])
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("actions", ["discrete", "box"])
+def test_by_hand_gives_what_autograd_leaves(actions):
+    fused, _, flat = pair(actions)
+    inputs, taken = batch(actions)
+    slopes = [torch.linspace(-1, 1, 10).view(5, 2), torch.full((5, 2), 0.3), torch.linspace(2, 0, 10).view(5, 2)]
+    expected = fused(inputs, taken)
+    torch.autograd.backward(list(expected), slopes)
+    found = fused.by_hand(inputs, taken)
+    assert found is not None
+    output, backward = found
+    assert not any(tensor.requires_grad for tensor in output)
+    for own, theirs in zip(output, expected, strict=True):
+        assert torch.equal(own, theirs)
+    assert torch.equal(backward(slopes), flat.gradient)
+    assert torch.equal(backward([None, None, None]), torch.zeros_like(flat.gradient))
+
+
+def test_by_hand_is_left_to_autograd_where_it_does_not_fit():
+    fused, plain, _ = pair("discrete")
+    inputs, taken = batch("discrete")
+    assert plain.by_hand(inputs, taken) is None
+    assert fused.by_hand({**inputs, "action_masks": torch.ones(5, 2, 4, dtype=torch.bool)}, taken) is None
+    assert copy.deepcopy(fused).by_hand(inputs, taken) is None
+
+
+class Counting(ActorCritic):
+    """Counts what goes by hand."""
+
+    by_hand_calls = 0
+
+    def by_hand(self, inputs, actions):
+        self.by_hand_calls += 1
+        return super().by_hand(inputs, actions)
+
+
+class ByAutograd(ActorCritic):
+    """Leaves everything to autograd."""
+
+    def by_hand(self, inputs, actions):
+        return None
+
+
+@pytest.mark.parametrize("preset", ["ppo", "a2c"])
+def test_a_learner_moves_the_weights_alike_by_hand_and_by_autograd(preset):
+    results = []
+    for kind in (Counting, ByAutograd):
+        policy = kind(BOX, ACTIONS["discrete"], network=NetworkConfig(hidden_sizes=[16, 8]), seed=3)
+        update = UpdateConfig(flatten_parameters=True, shuffle="actions", learning_rate=1e-2)
+        learner = Learner(policy, ALGORITHMS[preset], update, seed=0)
+        metrics = [learner.update(experience(policy)) for _ in range(2)]
+        results.append((metrics, [parameter.detach().clone() for parameter in policy.parameters()]))
+        if isinstance(policy, Counting):  # all but the minibatch that was recorded
+            assert policy.by_hand_calls == 2 * ALGORITHMS[preset].epochs * ALGORITHMS[preset].minibatches - 1
+    assert results[0][0] == results[1][0]
+    for own, theirs in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(own, theirs)
+
+
+def experience(policy: ActorCritic) -> Experience:
+    """A hundred and twenty-eight random actions with random credit."""
+    generator = torch.Generator().manual_seed(1)
+    observations, actions = torch.randn(4, 32, 3, generator=generator), torch.randint(4, (4, 32), generator=generator)
+    with torch.no_grad():
+        output = policy({"observations": observations}, actions)
+    return Experience(
+        inputs={"observations": observations},
+        actions=actions,
+        action_mask=torch.ones(4, 32, dtype=torch.bool),
+        old_log_probs=output.log_probs,
+        advantages=torch.randn(4, 32, generator=generator),
+        returns=torch.randn(4, 32, generator=generator),
+        old_values=output.values,
+    )
