@@ -208,7 +208,6 @@ class Ours:
             tokenizer=tokenizer,
             reward=reward,
             config=config,
-            single_step=True,
             accelerator=accelerator,
         )
         self.generation_seconds = 0.0

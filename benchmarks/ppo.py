@@ -9,8 +9,8 @@ TRL 1.16, which this project is installed with, has no PPO; hence a virtual envi
 own. The two take turns, step by step, so that a busy machine slows both alike. Both start from the same folders on the
 CPU in float32: a policy, its frozen copy as the reference, a reward model, and a critic of its own that starts from the
 reward model. A step is 64 completions of 64 prompts, KL in the reward (k1, 0.05), GAE, and in each epoch one optimizer
-step on all 64. TRL takes the old log-probs from its generation; so does ours in a single-epoch step, as long as a
-forward every 20th step finds that they agree (`old_log_probs: auto`). Ours scores text with the reward model as a
+step on all 64. TRL takes the old log-probs from its generation; so does ours, as long as a forward every 20th step
+finds that they agree (`old_log_probs: auto`). Ours scores text with the reward model as a
 recipe does (decode, tokenize again), TRL scores token ids. Peak memory is that of a process for each side.
 
 Cases `*_32`, `*_128`, `*_24` run every completion to that limit: the end token has a probability of 1e-9. In
@@ -144,7 +144,6 @@ class Ours:
             reward=RewardModelScorer.from_pretrained(folder / "reward"),
             config=CollectorConfig(prompts_per_iteration=settings["rows"], sampling=sampling, samples=0),
             reference=actors.reference,
-            single_step=self.algorithm.epochs * self.algorithm.minibatches == 1,
         )
         self.lengths: list[float] = []
 

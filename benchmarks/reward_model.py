@@ -9,13 +9,15 @@ pair of a prompt, so each completion of it K - 1 times, tokenized beforehand; ou
 
 speed: `train()` alone on a few prompts, the sides in turns; tokens (padding included) are counted where they enter the
 body. TRL's forwards take a whole step, as halves of it were no faster.
-tuning: validation accuracy of each side at the learning rates `RATES`, one seed.
+tuning: validation accuracy of each side at the learning rates `RATES`, mean over `TUNING_SEEDS`.
 accuracy: `--seeds` further seeds, each side at its best rate, on held-out rankings, all scored by one scorer. The
-interval resamples prompts.
+interval resamples prompts, the deviation is over seeds.
 memory: peak resident size of a process that makes two steps, with Qwen's vocabulary of 151,665 tokens.
 
 Cases `alpaca_*` are AlpacaEval's answers ranked by GPT-4's preference (K = 4; K = 9 of 16, evenly spread), where the
-shared data lie beside the checkout; `words_*` are random words ranked by their share of vowels.
+shared data lie beside the checkout; `words_*` are random words ranked by their share of vowels. With one prompt a step,
+as in `alpaca_k9`, a step of ours has the pairs of one prompt, while TRL's has as many pairs drawn from all prompts;
+`alpaca_k9_4` takes 4 prompts a step.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -60,10 +63,9 @@ MODEL = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-RATES = (3e-4, 1e-3, 3e-3)
-TUNING_SEED = 1000
-BATCH_PROMPTS = {4: 4, 9: 1}
-"""Prompts of an optimizer step; TRL gets all their pairs."""
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+TIMED_RATE = 1e-3
+TUNING_SEEDS = (1000, 1001)
 PAIRS_PER_FORWARD = {4: 24, 9: 36}
 """TRL's `per_device_train_batch_size`: a whole step, as half of it was no faster."""
 SIDES = ("trl", "ours")
@@ -93,10 +95,10 @@ class Trial:
             nonlocal tokens
             tokens += (arguments[0] if arguments else named["input_ids"]).numel()
 
-        def count_fused(fused: FusedPass, layout: TokenLayout) -> Tensor:
+        def count_fused(fused: FusedPass, layout: TokenLayout, wanted: Tensor | None = None) -> Tensor:
             nonlocal tokens
             tokens += len(layout.ids)
-            return run_fused(fused, layout)
+            return run_fused(fused, layout, wanted)
 
         run_fused, FusedPass.__call__ = FusedPass.__call__, count_fused  # it computes the body without calling it
         fuses = self.side == "ours" and exact_fused_pass(self.body) is not None  # a hook would switch that off
@@ -128,7 +130,7 @@ def make_ours(folder: Path, split: Split, *, max_length: int, rate: float, seed:
     """Our trainer on rankings."""
     settings = RewardModelConfig(
         learning_rate=rate,
-        batch_prompts=BATCH_PROMPTS[len(split.train[0].ranks)],
+        batch_prompts=split.batch_prompts,
         max_length=max_length,
         overlong="truncate",
         inner_end="text",
@@ -145,7 +147,7 @@ def make_trl(folder: Path, split: Split, *, max_length: int, rate: float, seed: 
 
     encoded = encode(split, "train", max_length)
     candidates = len(encoded[0].ranks)
-    pairs_per_step = BATCH_PROMPTS[candidates] * candidates * (candidates - 1) // 2
+    pairs_per_step = split.batch_prompts * candidates * (candidates - 1) // 2
     rows = PAIRS_PER_FORWARD[candidates]
     arguments = RewardConfig(
         output_dir=str(folder / "trl"),
@@ -202,11 +204,12 @@ def run_once(name: str, split: Split, *, side: str, rate: float, seed: int, judg
 
 
 def tune(name: str) -> dict[str, Any]:
-    """Validation accuracy of each side at each learning rate, one seed."""
+    """Validation accuracy of each side at each learning rate, mean over `TUNING_SEEDS`."""
     split = load_case(name)
 
     def accuracy(side: str, rate: float) -> float:
-        return run_once(name, split, side=side, rate=rate, seed=TUNING_SEED, judged_on="validation")["accuracy"]
+        runs = [run_once(name, split, side=side, rate=rate, seed=seed, judged_on="validation") for seed in TUNING_SEEDS]
+        return mean(run["accuracy"] for run in runs)
 
     return {side: {f"{rate:g}": accuracy(side, rate) for rate in RATES} for side in SIDES}
 
@@ -229,13 +232,13 @@ def judge(name: str, seeds: int) -> dict[str, Any]:
 def time_training(name: str, rounds: int) -> dict[str, Any]:
     """Time both sides on the first prompts, in turns, the first of them changing every round."""
     case, split = CASES[name], load_case(name)
-    split = Split(split.train[: case.timed_prompts], split.validation[:2], [], split.tokenizer)
+    split = replace(split, train=split.train[: case.timed_prompts], validation=split.validation[:2], held_out=[])
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_start(Path(scratch), split.tokenizer, 0)
         for index in range(rounds):
             for side in sorted(SIDES, reverse=bool(index % 2)):
-                trial = Trial(side, folder, split, max_length=case.max_length, rate=RATES[1], seed=index)
+                trial = Trial(side, folder, split, max_length=case.max_length, rate=TIMED_RATE, seed=index)
                 runs[side].append(trial.train())
                 print(name, "round", index, side, runs[side][-1], flush=True)
     summary: dict[str, Any] = {"prompts": len(split.train), "runs": runs}
@@ -272,10 +275,16 @@ def run_alone(name: str, side: str) -> None:
     """Make two steps with Qwen's vocabulary and print the peak memory."""
     case, split = CASES[name], load_case(name)
     tokenizer = prepare_tokenizer(load_tokenizer(str(SHARED / "tokenizers" / "qwen2.5")))
-    split = Split(split.train[: 2 * BATCH_PROMPTS[case.candidates]], split.validation[:2], [], tokenizer)
+    split = replace(
+        split,
+        train=split.train[: 2 * case.batch_prompts],
+        validation=split.validation[:2],
+        held_out=[],
+        tokenizer=tokenizer,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_start(Path(scratch), tokenizer, 0)
-        Trial(side, folder, split, max_length=case.max_length, rate=RATES[0], seed=0).train()
+        Trial(side, folder, split, max_length=case.max_length, rate=TIMED_RATE, seed=0).train()
     # Not getrusage: its maximum is inherited from the parent through fork.
     print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
 

@@ -35,13 +35,16 @@ class Case:
     """The first of them, for `speed`."""
     max_length: int
     """Tokens; longer candidates lose their end."""
+    batch_prompts: int
+    """Prompts of an optimizer step; TRL gets all their pairs."""
 
 
 CASES = {
-    "alpaca_k4": Case("alpaca_eval_k4.jsonl.gz", 4, 96, 24, 128),
-    "alpaca_k9": Case("alpaca_eval_k16.jsonl.gz", 9, 16, 6, 128),
-    "words_k4": Case(None, 4, 128, 48, 64),
-    "words_k9": Case(None, 9, 40, 12, 64),
+    "alpaca_k4": Case("alpaca_eval_k4.jsonl.gz", 4, 96, 24, 128, 4),
+    "alpaca_k9": Case("alpaca_eval_k16.jsonl.gz", 9, 16, 6, 128, 1),
+    "alpaca_k9_4": Case("alpaca_eval_k16.jsonl.gz", 9, 48, 8, 128, 4),
+    "words_k4": Case(None, 4, 128, 48, 64, 4),
+    "words_k9": Case(None, 9, 40, 12, 64, 1),
 }
 HELD_OUT, VALIDATION = 240, 100
 """Prompts to judge on, and to choose the learning rate on."""
@@ -55,6 +58,7 @@ class Split:
     validation: list[Ranking]
     held_out: list[Ranking]
     tokenizer: PreTrainedTokenizerBase
+    batch_prompts: int
 
 
 def available(names: list[str]) -> list[str]:
@@ -69,7 +73,7 @@ def load_case(name: str) -> Split:
         words = make_words(case.prompts + VALIDATION + HELD_OUT, case.candidates, seed=0)
         train, rest = words[: case.prompts], words[case.prompts :]
         tokenizer = prepare_tokenizer(character_tokenizer(ALPHABET))
-        return Split(train, rest[:VALIDATION], rest[VALIDATION:], tokenizer)
+        return Split(train, rest[:VALIDATION], rest[VALIDATION:], tokenizer, case.batch_prompts)
     columns = {"completions": "responses"}
     path = str(SHARED / "rankings" / case.file)
     rankings = load_rankings(DataConfig(path=path, columns=columns, order="scores", tied="drop"))
@@ -77,7 +81,7 @@ def load_case(name: str) -> Split:
     rest, held_out = split_holdout([one for one in thinned if not one.tied], count=HELD_OUT)
     train, validation = split_holdout(rest, count=VALIDATION)
     tokenizer = prepare_tokenizer(load_tokenizer(str(SHARED / "tokenizers" / "gpt2")))
-    return Split(train[: case.prompts], validation, held_out, tokenizer)
+    return Split(train[: case.prompts], validation, held_out, tokenizer, case.batch_prompts)
 
 
 def thin(ranking: Ranking, count: int) -> Ranking:

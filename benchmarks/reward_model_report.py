@@ -41,8 +41,8 @@ def tables(kept: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "# A reward model from K-way rankings: ours against TRL's RewardTrainer on their pairs",
         "",
-        "One pass over the same rankings, 4 prompts a step for K = 4 and 1 for K = 9, equally many steps, CPU float32. "
-        "Written by `python benchmarks/reward_model.py`, which says how.",
+        "One pass over the same rankings, equally many steps of as many pairs (those of 4 prompts; of 1 in `alpaca_k9` "
+        "and `words_k9`), CPU float32. Written by `python benchmarks/reward_model.py`, which says how.",
     ]
     sections = [("speed", speed_table), ("accuracy", accuracy_table), ("memory", memory_table)]
     for part, write in sections:
@@ -93,17 +93,22 @@ def accuracy_table(rows: dict[str, Any]) -> list[str]:
 
 def tuning_table(rows: dict[str, Any]) -> list[str]:
     """Every learning rate tried."""
-    rates = list(next(iter(rows.values()))["trl"])
+    rates = sorted({rate for r in rows.values() for rate in r["trl"]}, key=float)
     lines = [
-        "## Validation accuracy at the learning rates tried, one seed",
+        "## Validation accuracy at the learning rates tried, mean over seeds",
         "",
         "| case | side | " + " | ".join(rates) + " |",
         "|---|---|" + "---|" * len(rates),
     ]
     for name, r in rows.items():
         for side in ("trl", "ours"):
-            lines.append(f"| {name} | {side} | " + " | ".join(f"{r[side][rate]:.3f}" for rate in rates) + " |")
+            lines.append(f"| {name} | {side} | " + " | ".join(shown(r[side].get(rate)) for rate in rates) + " |")
     return lines
+
+
+def shown(accuracy: float | None) -> str:
+    """Empty where that rate was not tried."""
+    return "" if accuracy is None else f"{accuracy:.3f}"
 
 
 def memory_table(rows: dict[str, Any]) -> list[str]:

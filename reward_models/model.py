@@ -107,7 +107,7 @@ class RewardModel(nn.Module):
         fused = exact_fused_pass(body)
         if fused is not None:
             layout = lay_out(input_ids, lengths, torch.minimum(shared, lengths))
-            return fused(layout)[layout.token_of_place[rows * layout.width + lengths - 1]]
+            return fused(layout, layout.token_of_place[rows * layout.width + lengths - 1])
         # Padding stands after the text, where a causal body cannot see it; without a mask attention is up to 1.5x as
         # fast.
         attention_mask = None if self._is_causal else mask.long()

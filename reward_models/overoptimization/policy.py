@@ -17,7 +17,7 @@ from rlhf.lm.collector import PromptCollector
 from rlhf.lm.collector_config import CollectorConfig
 from rlhf.lm.evaluation import mean_and_standard_error
 from rlhf.lm.loading import load_tokenizer
-from rlhf.lm.measurement import measure_log_probs
+from rlhf.lm.measurement import measure_alone
 from rlhf.lm.prompt_stream import mix_seed
 from rlhf.lm.samples import Samples, sample_completions, score_samples
 from rlhf.lm.sources import load_prompt_sets, make_reward
@@ -113,7 +113,6 @@ def _wire(cell: PolicyCell, run: Run) -> tuple[Learner, PromptCollector, HeldOut
         config=CollectorConfig(
             prompts_per_iteration=config.prompts_per_iteration, group_size=config.group_size, sampling=sampling
         ),
-        single_step=algorithm.epochs * algorithm.minibatches == 1,
         algorithm=algorithm,
         reference=actors.reference,
         accelerator=accelerator,
@@ -192,7 +191,7 @@ class HeldOut:
             "prompt_mask": samples.prompt_mask,
             "completion_mask": mask,
         }
-        start = measure_log_probs(
+        start = measure_alone(
             self._actors.reference.log_probs,
             inputs,
             samples.completion_ids,

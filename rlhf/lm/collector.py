@@ -33,7 +33,7 @@ from rlhf.lm.judging import (
     shape_scores,
     telling_groups,
 )
-from rlhf.lm.measurement import measure, measure_log_probs
+from rlhf.lm.measurement import measure, measure_alone
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.prompt_stream import PromptStream, mix_seed
 from rlhf.lm.reference import FrozenReference
@@ -71,7 +71,6 @@ class PromptCollector:
         tokenizer: Encodes prompts, decodes completions.
         reward: Judges decoded text without special tokens.
         config: Sizes, lengths, shaping.
-        single_step: The algorithm makes one optimizer step per rollout; `old_log_probs: auto` reads it.
         algorithm: What will learn from the rollouts: ReMax wants greedy completions besides, GDPO a reward of parts.
             None collects what all others need.
         reference: Gives `ref_log_probs`; None where the algorithm needs none.
@@ -96,7 +95,6 @@ class PromptCollector:
         tokenizer: PreTrainedTokenizerBase,
         reward: RewardFunction,
         config: CollectorConfig,
-        single_step: bool = False,
         algorithm: AlgorithmConfig | None = None,
         reference: FrozenReference | None = None,
         accelerator: Accelerator | None = None,
@@ -117,7 +115,8 @@ class PromptCollector:
         )
         self._quota = config.prompts_per_iteration // processes
         self._seed, self._rank, self._iteration = seed, rank, 0
-        self._may_trust = single_step and config.sampling.full_support and not policy.has_critic
+        # A head on the policy's hidden states needs the policy's forward in any case.
+        self._may_trust = config.sampling.full_support and (not policy.has_critic or policy.critic is not None)
         self._trusts_generator = False
         self._greedy_baseline = algorithm is not None and isinstance(algorithm.advantages, GreedyBaseline)
 
@@ -244,7 +243,7 @@ class PromptCollector:
         reference = None
         if self.reference is not None:
             with self._autocast():
-                reference = measure_log_probs(
+                reference = measure_alone(
                     self.reference.log_probs, inputs, samples.completion_ids, tokens=self.config.measure_tokens
                 )
         measured = measured_statistics(
@@ -287,11 +286,15 @@ class PromptCollector:
         return self.config.old_log_probs == "sampling"
 
     def _policy_output(self, inputs: dict[str, Tensor], samples: Samples, *, skips_forward: bool) -> PolicyOutput:
-        if skips_forward:
-            log_probs = samples.sampling_log_probs.clone()
-            return PolicyOutput(log_probs=log_probs, entropy=torch.zeros_like(log_probs), values=None)
+        actions, tokens = samples.completion_ids, self.config.measure_tokens
         with self._autocast():
-            return measure(self.policy, inputs, samples.completion_ids, tokens=self.config.measure_tokens)
+            if not skips_forward:
+                return measure(self.policy, inputs, actions, tokens=tokens)
+            values = None
+            if self.policy.has_critic:
+                values = measure_alone(self.policy.action_values, inputs, actions, tokens=tokens)
+        log_probs = samples.sampling_log_probs.clone()
+        return PolicyOutput(log_probs=log_probs, entropy=torch.zeros_like(log_probs), values=values)
 
     def _autocast(self) -> AbstractContextManager[None]:
         """The learner's precision: old log-probs of another precision would give ratios other than 1."""
@@ -328,11 +331,11 @@ def _check_settings(
             got=config.sampling.temperature,
             expected=f"the policy's {policy.temperature}",
         )
-    if config.old_log_probs == "sampling" and policy.has_critic:
+    if config.old_log_probs == "sampling" and policy.has_critic and policy.critic is None:
         raise ConfigError(
-            "a critic needs the forward that old_log_probs: sampling saves",
+            "a critic on the policy's hidden states needs the forward that old_log_probs: sampling saves",
             where="collector.old_log_probs",
-            remedy="Set it to recompute.",
+            remedy="Set it to recompute, or give the critic a body of its own.",
         )
 
 

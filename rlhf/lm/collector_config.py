@@ -56,9 +56,9 @@ class CollectorConfig(Config):
     measure_tokens: int = Field(16_384, ge=1)
     """Token budget of a microbatch of the no-grad forwards."""
     old_log_probs: Literal["auto", "recompute", "sampling"] = "auto"
-    """recompute: by the trainer's own forward. sampling: the generator's, one forward fewer. auto: these too where
-    an update is a single on-policy step, whose ratio is 1 in any case, and only as long as a forward every 20th
-    iteration finds that the two agree within 1e-5 nats."""
+    """recompute: by the trainer's own forward. sampling: the generator's, one forward fewer. auto: these too, as long
+    as a forward every 20th iteration finds that the two agree within 1e-5 nats on average. A critic on the policy's
+    hidden states needs the forward anyhow: with one, auto is recompute."""
     shaping: ShapingConfig = ShapingConfig()
     dynamic_sampling: DynamicSampling | None = None
     mask_truncated: bool = False

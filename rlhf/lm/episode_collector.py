@@ -22,7 +22,7 @@ from rlhf.lm.backbone import unwrap_adapters
 from rlhf.lm.episodes import Episode, begin_episode, play_episodes
 from rlhf.lm.generation import Generator, bring_up_to_date
 from rlhf.lm.judging import last_position
-from rlhf.lm.measurement import measure, measure_log_probs
+from rlhf.lm.measurement import measure, measure_alone
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.prompt_stream import mix_seed
 from rlhf.lm.reference import FrozenReference
@@ -150,7 +150,7 @@ class EpisodeCollector:
             output = measure(self.policy, inputs, actions, tokens=self.config.measure_tokens)
             if self.reference is not None:
                 score = self.reference.log_probs
-                reference = measure_log_probs(score, inputs, actions, tokens=self.config.measure_tokens)
+                reference = measure_alone(score, inputs, actions, tokens=self.config.measure_tokens)
         ends = last_position(mask)
         next_values = None
         if output.values is not None:

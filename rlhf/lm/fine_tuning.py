@@ -116,7 +116,6 @@ def fine_tune(config: FineTuningConfig, *, recipe: str) -> dict[str, float]:
         tokenizer=tokenizer,
         reward=reward,
         config=config.collector,
-        single_step=algorithm.epochs * algorithm.minibatches == 1,
         algorithm=algorithm,
         reference=actors.reference,
         accelerator=accelerator,

@@ -2,9 +2,10 @@
 
 `fused_decoding` does it for one token per row; here the pass is differentiable. What is saved:
 
-- Prompts that rows share are computed once, padding never (`token_layout`); only attention sees rows.
+- Prompts that rows share are computed once, padding never (`token_layout`); only attention sees rows. After the last
+  layer's attention only the tokens go on whose hidden states are asked for.
 - Queries, keys and values are one product, gate and up another, with the norm's weight multiplied into the matrix, so
-  that RMSNorm is one division. Residuals are added by the product that makes them.
+  that RMSNorm is one division. Residuals are added by the product that makes them. Attention is `causal_attention`'s.
 - Backward is written out: a norm, a rotation, a gated unit take two to four passes over memory instead of a dozen.
 
 The equations, with x the residual stream [M, H], r(x) = 1 / sqrt(mean(x^2) + epsilon) and n = r(x) x:
@@ -28,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, silu
 
+from rlhf.lm.causal_attention import causal_attention
 from rlhf.lm.fusible_structure import has_fusible_structure, norm_epsilon
 from rlhf.lm.token_layout import TokenLayout
 from rlhf.training.linear import linear, linear_onto, weight_gradient
@@ -41,30 +43,44 @@ class FusedPass:
 
     body: Any
 
-    def __call__(self, layout: TokenLayout) -> Tensor:
-        """Return the hidden states [M, H] of the layout's tokens, after the last norm."""
+    def __call__(self, layout: TokenLayout, wanted: Tensor | None = None) -> Tensor:
+        """Hidden states after the last norm.
+
+        Args:
+            layout: M tokens.
+            wanted: [N] indices of the tokens that are asked for, any of them several times; None asks for all.
+
+        Returns:
+            [N, H], or [M, H].
+        """
         words = self.body.embed_tokens
         hidden = embedding(layout.ids, words.weight, words.padding_idx)
-        cosines, sines = self.body.rotary_emb(hidden[None], position_ids=layout.positions[None])  # [1, M, D]
-        signs = torch.ones_like(sines[0, :1])
-        signs[:, : signs.shape[1] // 2] = -1.0
-        rotation = _Rotation(cosines[0][:, None], (sines[0] * signs)[:, None])
-        for layer in self.body.layers:
+        rotation = self._rotation(layout, hidden)
+        for index, layer in enumerate(self.body.layers):
             attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
             projections = (attention.q_proj, attention.k_proj, attention.v_proj)
             weights = [module.weight for module in projections]
             biases = [module.bias for module in projections if module.bias is not None]
-            queries, keys, values = _Heads.apply(
-                hidden, layout, rotation, norm_epsilon(norm), norm.weight, *weights, *biases
-            )
-            attended = scaled_dot_product_attention(
-                queries, *_repeat(keys, values, queries), is_causal=True, scale=attention.scaling
-            )
+            heads = _Heads.apply(hidden, layout, rotation, norm_epsilon(norm), norm.weight, *weights, *biases)
+            attended = _ToTokens.apply(causal_attention(*heads, scale=attention.scaling), layout)
+            if wanted is not None and index + 1 == len(self.body.layers):
+                # An embedding is a gather whose gradient is fast where a token is wanted twice, as a prompt's last is.
+                hidden, attended = embedding(wanted, hidden), embedding(wanted, attended)
             norm = layer.post_attention_layernorm
             modules = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
             weights = [module.weight for module in modules]
-            hidden = _Block.apply(hidden, attended, layout, norm_epsilon(norm), norm.weight, *weights)
+            hidden = _Block.apply(hidden, attended, norm_epsilon(norm), norm.weight, *weights)
         return _Norm.apply(hidden, norm_epsilon(self.body.norm), self.body.norm.weight)  # type: ignore[return-value]
+
+    def _rotation(self, layout: TokenLayout, hidden: Tensor) -> _Rotation:
+        cosines, sines = self.body.rotary_emb(hidden[None], position_ids=layout.positions[None])  # [1, M, D]
+        width = sines.shape[-1]
+        signs = torch.ones_like(sines[0, :1])
+        signs[:, : width // 2] = -1.0
+        attention = self.body.layers[0].self_attn
+        heads = (attention.q_proj.out_features + attention.k_proj.out_features) // width
+        # Repeated for every head: rows of one head's width are too short to be fast.
+        return _Rotation(cosines[0].repeat(1, heads), (sines[0] * signs).repeat(1, heads), width)
 
 
 def read_fused_pass(body: Any) -> FusedPass | None:
@@ -93,23 +109,30 @@ class _Rotation:
     """Rotary embedding of the tokens at hand."""
 
     cosines: Tensor
-    """[M, 1, D]."""
+    """[M, h * D], alike for every head of queries and keys."""
     sines: Tensor
-    """[M, 1, D], negative in the first half: a roll swaps the halves."""
+    """[M, h * D], negative in the first half of a head: a roll swaps the halves."""
+    width: int
+    """D of a head."""
 
-    def turn_(self, heads: Tensor) -> None:
-        """Rotate heads [M, h, D] in place."""
-        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-        heads.mul_(self.cosines).addcmul_(swapped, self.sines)
+    def turn_(self, products: Tensor) -> None:
+        """Rotate the first h heads of [M, C] in place."""
+        turned = products[:, : self.cosines.shape[1]]
+        swapped = self._swapped(turned)
+        turned.mul_(self.cosines).addcmul_(swapped, self.sines)
 
     def turn_back_(self, gradient: Tensor) -> None:
         """Apply the transposed map, in place."""
-        swapped = (gradient * self.sines).roll(gradient.shape[-1] // 2, dims=-1)
-        gradient.mul_(self.cosines).add_(swapped)
+        turned = gradient[:, : self.cosines.shape[1]]
+        swapped = self._swapped(turned * self.sines)
+        turned.mul_(self.cosines).add_(swapped)
+
+    def _swapped(self, heads: Tensor) -> Tensor:
+        return heads.unflatten(1, (-1, self.width)).roll(self.width // 2, dims=-1).flatten(1)
 
 
 class _Heads(torch.autograd.Function):
-    """Norm, projections and rotation: hidden states [M, H] to queries, keys and values [B, h, S, D]."""
+    """Norm, projections and rotation: hidden states [M, H] to queries, keys and values [h, B, S, D]."""
 
     @staticmethod
     def forward(
@@ -123,39 +146,50 @@ class _Heads(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases = weights_and_biases[:3], weights_and_biases[3:]
         normed, inverse = _normalize(hidden, epsilon)
-        width = rotation.cosines.shape[-1]
-        heads = linear(normed, torch.cat(weights) * norm, torch.cat(biases) if biases else None)
-        heads = heads.view(len(hidden), -1, width)
-        counts = [weight.shape[0] // width for weight in weights]
-        rotation.turn_(heads[:, : -counts[2]])
+        products = linear(normed, torch.cat(weights) * norm, torch.cat(biases) if biases else None)
+        rotation.turn_(products)
         ctx.save_for_backward(normed, inverse, norm, *weights)
-        ctx.layout, ctx.rotation, ctx.counts, ctx.has_biases = layout, rotation, counts, bool(biases)
-        rows = layout.to_rows(heads.flatten(1)).unflatten(2, (-1, width))  # [B, S, h, D]
-        return tuple(part.transpose(1, 2) for part in rows.split(counts, dim=2))
+        ctx.layout, ctx.rotation, ctx.has_biases = layout, rotation, bool(biases)
+        heads = layout.to_rows(products).unflatten(2, (-1, rotation.width))  # [B, S, h, D]
+        heads = heads.permute(2, 0, 1, 3).contiguous()
+        return heads.split([weight.shape[0] // rotation.width for weight in weights])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         normed, inverse, norm, *weights = ctx.saved_tensors
-        rows = torch.cat([gradient.transpose(1, 2) for gradient in gradients], dim=2)  # [B, S, h, D]
-        heads = ctx.layout.sum_to_tokens(rows.flatten(2)).unflatten(1, rows.shape[2:])
-        ctx.rotation.turn_back_(heads[:, : -ctx.counts[2]])
-        products = heads.flatten(1)
+        rows = torch.cat([gradient.permute(1, 2, 0, 3) for gradient in gradients], dim=2)  # [B, S, h, D]
+        products = ctx.layout.sum_to_tokens(rows.flatten(2))
+        ctx.rotation.turn_back_(products)
         hidden, norm_gradient, pieces = _normed_product_backward(products, normed, inverse, norm, weights)
         sizes = [weight.shape[0] for weight in weights]
         biases = products.sum(dim=0).split(sizes) if ctx.has_biases else ()
         return hidden, None, None, None, norm_gradient, *pieces, *biases
 
 
+class _ToTokens(torch.autograd.Function):
+    """Heads [h, B, S, D] to tokens [M, h * D]."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, layout: TokenLayout) -> Tensor:
+        ctx.layout, ctx.count = layout, len(heads)
+        return layout.to_tokens(heads.permute(1, 2, 0, 3).flatten(2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows = ctx.layout.spread(gradient).unflatten(2, (ctx.count, -1))
+        return rows.permute(2, 0, 1, 3).contiguous(), None
+
+
 class _Block(torch.autograd.Function):
-    """What follows attention: its output projection, residual, norm, gated MLP, residual; [M, H] to [M, H]."""
+    """What follows attention: output projection, residual, norm, gated MLP, residual; [M, H], [M, h * D] to [M, H]."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         attended: Tensor,
-        layout: TokenLayout,
         epsilon: float,
         norm: Tensor,
         output: Tensor,
@@ -163,19 +197,17 @@ class _Block(torch.autograd.Function):
         up: Tensor,
         down: Tensor,
     ) -> Tensor:
-        tokens = layout.to_tokens(attended.transpose(1, 2).flatten(2))
-        middle = linear_onto(hidden, tokens, output)
+        middle = linear_onto(hidden, attended, output)
         normed, inverse = _normalize(middle, epsilon)
         gates = linear(normed, torch.cat([gate, up]) * norm)  # [M, 2 I]
         opened, raised = gates.chunk(2, dim=1)
-        ctx.save_for_backward(tokens, normed, inverse, gates, norm, output, gate, up, down)
-        ctx.layout, ctx.heads = layout, attended.shape[1]
+        ctx.save_for_backward(attended, normed, inverse, gates, norm, output, gate, up, down)
         return linear_onto(middle, silu(opened).mul_(raised), down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        tokens, normed, inverse, gates, norm, output, gate, up, down = ctx.saved_tensors
+        attended, normed, inverse, gates, norm, output, gate, up, down = ctx.saved_tensors
         opened, raised = gates.chunk(2, dim=1)
         active = silu(opened)
         inner = linear(gradient, down.t())  # [M, I]
@@ -188,9 +220,9 @@ class _Block(torch.autograd.Function):
             gates_gradient, normed, inverse, norm, [gate, up]
         )
         middle += gradient
-        rows = ctx.layout.spread(linear(middle, output.t())).unflatten(2, (ctx.heads, -1)).transpose(1, 2)
-        output_gradient = weight_gradient(middle, tokens)
-        return middle, rows, None, None, norm_gradient, output_gradient, gate_gradient, up_gradient, down_gradient
+        outer = linear(middle, output.t())
+        output_gradient = weight_gradient(middle, attended)
+        return middle, outer, None, norm_gradient, output_gradient, gate_gradient, up_gradient, down_gradient
 
 
 class _Norm(torch.autograd.Function):
@@ -229,11 +261,3 @@ def _normed_product_backward(
     product = weight_gradient(gradient, normed)  # of W * w
     pieces = (product * norm).split([weight.shape[0] for weight in weights])
     return hidden, (product * matrix).sum(dim=0), pieces
-
-
-def _repeat(keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values once per query head that reads them (grouped-query attention)."""
-    times = queries.shape[1] // keys.shape[1]
-    if times == 1:
-        return keys, values
-    return keys.repeat_interleave(times, dim=1), values.repeat_interleave(times, dim=1)

@@ -49,7 +49,7 @@ def _both(body: Any, fused: FusedPass) -> tuple[list[Tensor], list[Tensor]]:
     layout = lay_out(ids, lengths, prompt_lengths)
     places = (torch.arange(7) < lengths[:, None]).flatten().nonzero().squeeze(1)
     own = body(input_ids=ids, position_ids=torch.arange(7)[None], use_cache=False)[0].flatten(0, 1)[places]
-    ours = fused(layout)[layout.token_of_place[places]]
+    ours = fused(layout, layout.token_of_place[places])
     slope = torch.linspace(-1.0, 1.0, own.numel()).view_as(own)
     layer = body.layers[0]
     modules = (body.embed_tokens, layer.self_attn.k_proj, layer.self_attn.o_proj, layer.post_attention_layernorm)

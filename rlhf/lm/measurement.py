@@ -67,17 +67,17 @@ def length_sorted_batches(lengths: Tensor, *, tokens: int) -> Iterator[Tensor]:
         start += count
 
 
-def measure_log_probs(
-    log_probs: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+def measure_alone(
+    function: Callable[[Mapping[str, Tensor], Tensor], Tensor],
     inputs: Mapping[str, Tensor],
     actions: Tensor,
     *,
     tokens: int,
 ) -> Tensor:
-    """As `measure`, for a function that returns log-probs alone, such as `FrozenReference.log_probs`: [R, T]."""
+    """As `measure`, for a function that returns one tensor [R, T]: a reference's log-probs, a critic's values."""
 
     def as_output(inputs: Mapping[str, Tensor], actions: Tensor) -> PolicyOutput:
-        values = log_probs(inputs, actions)
-        return PolicyOutput(log_probs=values, entropy=values, values=None)
+        measured = function(inputs, actions)
+        return PolicyOutput(log_probs=measured, entropy=measured, values=None)
 
     return measure(as_output, inputs, actions, tokens=tokens).log_probs

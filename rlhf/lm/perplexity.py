@@ -14,7 +14,7 @@ from rlhf.data.collation import left_pad, right_pad
 from rlhf.data.records import Demonstration
 from rlhf.data.tokenization import encode_completion, encode_prompt
 from rlhf.errors import DataError
-from rlhf.lm.measurement import measure_log_probs
+from rlhf.lm.measurement import measure_alone
 from rlhf.lm.policy import LanguageModelPolicy
 
 
@@ -78,5 +78,5 @@ def _losses(
     prompt_ids, prompt_mask = (tensor.to(device) for tensor in left_pad(prompts, 0))
     completion_ids, completion_mask = (tensor.to(device) for tensor in right_pad(completions, 0))
     inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_mask": completion_mask}
-    log_probs = measure_log_probs(policy.action_log_probs, inputs, completion_ids, tokens=tokens_per_batch)
+    log_probs = measure_alone(policy.action_log_probs, inputs, completion_ids, tokens=tokens_per_batch)
     return -log_probs.double().sum(dim=1).cpu(), completion_mask.sum(dim=1).double().cpu()

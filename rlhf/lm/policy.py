@@ -142,6 +142,17 @@ class LanguageModelPolicy(nn.Module):
         packed = pack_rows(inputs, actions, fill_id=self._fill_id)
         return _scatter(self._score(packed)[0], packed.places, actions.shape)
 
+    def action_values(self, inputs: Mapping[str, Tensor], actions: Tensor) -> Tensor:
+        """The values of `forward` alone, [B, T]: where the critic has a body of its own, the policy is not run.
+
+        Raises:
+            ModelError: The policy has no critic of its own.
+        """
+        if self.critic is None:
+            raise ModelError("this policy has no critic with a body of its own", remedy="Call the policy itself.")
+        packed = pack_rows(inputs, actions, fill_id=self._fill_id)
+        return _scatter(self._values(_hidden_states(self.critic, packed)), packed.places, actions.shape)
+
     def row_lengths(self, inputs: Mapping[str, Tensor], action_mask: Tensor) -> Tensor:
         """[B] tokens that `forward` processes for each row, for sorting rows and for token budgets."""
         del action_mask  # tokens that are attended but not the policy's own cost time too
@@ -257,8 +268,7 @@ def _hidden_states(body: nn.Module, packed: PackedRows) -> Tensor:
     fused = exact_fused_pass(body)
     if fused is not None:
         layout = lay_out(packed.ids, packed.lengths, packed.prompt_lengths)
-        # An embedding is a gather whose gradient is fast where a position is read twice, as a prompt's last one is.
-        return nn.functional.embedding(layout.token_of_place[packed.sources], fused(layout))
+        return fused(layout, layout.token_of_place[packed.sources])
     positions = torch.arange(packed.ids.shape[1], device=packed.ids.device)[None]
     arguments = {"position_ids": positions} if takes_positions(type(body)) else {}
     hidden = body(input_ids=packed.ids, use_cache=False, **arguments)[0]

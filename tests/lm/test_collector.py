@@ -289,16 +289,37 @@ def test_masking_everything_is_an_error():
 
 
 def test_auto_takes_the_generators_log_probs_only_after_a_check():
-    collector = make_collector(single_step=True)
+    collector = make_collector()
     first, second = collector.collect(), collector.collect()
     assert "rollout/sampling_mismatch_mean" in first.metrics
     assert "rollout/sampling_mismatch_mean" not in second.metrics
     assert torch.equal(second.old_log_probs, second.sampling_log_probs)
 
 
+def test_a_critic_of_its_own_is_asked_without_the_policy():
+    critic = load_causal_lm(ModelConfig(config=MODEL), TOKENIZER)
+    policy = make_policy(critic=critic)
+    torch.nn.init.normal_(policy.value_head.weight)
+    collector = make_collector(policy)
+    collector.collect()
+    rollout = collector.collect()
+    assert torch.equal(rollout.old_log_probs, rollout.sampling_log_probs)
+    expected = policy(rollout.inputs, rollout.actions)
+    torch.testing.assert_close(rollout.values, expected.values, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(rollout.old_log_probs, expected.log_probs, atol=1e-4, rtol=1e-5)
+
+
+def test_a_critic_on_the_policys_states_takes_the_policys_forward():
+    collector = make_collector(make_policy(critic="head"))
+    for _ in range(2):
+        assert "rollout/sampling_mismatch_mean" in collector.collect().metrics
+    with pytest.raises(ConfigError, match="old_log_probs"):
+        make_collector(make_policy(critic="head"), config={"old_log_probs": "sampling"})
+
+
 def test_auto_never_trusts_a_generator_that_disagrees():
     """The scripted generator reports log-probs of 0, which is certainty."""
-    collector = make_collector(generator=Scripted([A, END]), single_step=True)
+    collector = make_collector(generator=Scripted([A, END]))
     for _ in range(2):
         rollout = collector.collect()
         assert not torch.equal(rollout.old_log_probs, rollout.sampling_log_probs)
