@@ -26,6 +26,7 @@ from rlhf.lm.backbone import LogitsHead
 from rlhf.lm.cache import InPlaceCache
 from rlhf.lm.fusible_structure import has_fusible_structure, is_plain_linear, norm_epsilon, parts_of
 from rlhf.lm.shared_prompt import attend
+from rlhf.lm.weighted_values import weigh_values
 from rlhf.training.linear import linear, linear_onto
 
 MERGE_LIMITS = {"cpu": 2**22, "cuda": 2**24}
@@ -214,7 +215,7 @@ def _attend(
     if mask is not None:
         scores.view(rows, layer.key_heads, -1, scores.shape[-1]).add_(mask)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return torch.bmm(weights.to(values.dtype), values.flatten(0, 1)).view(rows, -1)
+    return weigh_values(weights.to(values.dtype), values).view(rows, -1)
 
 
 def read_fused_step(body: Any, *, dtype: torch.dtype | None = None) -> FusedStep | None:
