@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf.data.tokenizer_saving import save_tokenizer
 from rlhf.errors import ModelError
 from rlhf.lm.fused_training_probe import exact_fused_pass
+from rlhf.lm.measurement import CPU_TOKENS
 from rlhf.lm.token_layout import lay_out
 from rlhf.training.linear import use_fast_linear
 
@@ -38,7 +39,8 @@ class RewardModel(nn.Module):
     Args:
         model: A sequence-classification model with one label, or a peft model around one.
         chunk_tokens: Tokens, padding included, that go through the body at a time. Rows are sorted by length into
-            such chunks, so little is spent on padding; no score and no gradient depends on it.
+            such chunks, so little is spent on padding; no score and no gradient depends on it. On a CPU a chunk has
+            `CPU_TOKENS` at most.
     """
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int = 8192) -> None:
@@ -87,7 +89,8 @@ class RewardModel(nn.Module):
         scores: list[Tensor] = []
         rows: list[int] = []
         shared = mask.new_ones(len(mask), dtype=torch.int64) if shared_lengths is None else shared_lengths.clamp(min=1)
-        for chunk in length_sorted_chunks(lengths, self.chunk_tokens):
+        chunk_tokens = min(self.chunk_tokens, CPU_TOKENS) if mask.device.type == "cpu" else self.chunk_tokens
+        for chunk in length_sorted_chunks(lengths, chunk_tokens):
             longest = max(lengths[row] for row in chunk)
             scores.append(self._score_chunk(input_ids[chunk, :longest], mask[chunk, :longest], shared[chunk]))
             rows += chunk

@@ -4,7 +4,7 @@
 
 - Prompts that rows share are computed once, padding never (`token_layout`); only attention sees rows. After the last
   layer's attention only the tokens go on whose hidden states are asked for.
-- Queries, keys and values are one product, gate and up another, with the norm's weight multiplied into the matrix, so
+- Queries, keys and values are one product, the norm's weight is multiplied into the matrix that follows, so
   that RMSNorm is one division. Residuals are added by the product that makes them. Attention is `causal_attention`'s.
 - Backward is written out: a norm, a rotation, a gated unit take two to four passes over memory instead of a dozen.
 
@@ -22,7 +22,6 @@ layers, goes through its own forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,10 +160,11 @@ class _Heads(torch.autograd.Function):
         rows = torch.cat([gradient.permute(1, 2, 0, 3) for gradient in gradients], dim=2)  # [B, S, h, D]
         products = ctx.layout.sum_to_tokens(rows.flatten(2))
         ctx.rotation.turn_back_(products)
-        hidden, norm_gradient, pieces = _normed_product_backward(products, normed, inverse, norm, weights)
-        sizes = [weight.shape[0] for weight in weights]
+        matrix, sizes = torch.cat(weights), [weight.shape[0] for weight in weights]
+        hidden = _normalize_backward(linear(products, (matrix * norm).t()), normed, inverse)
+        gradient, norm_gradient = _normed_weight_gradient(products, normed, norm, matrix)
         biases = products.sum(dim=0).split(sizes) if ctx.has_biases else ()
-        return hidden, None, None, None, norm_gradient, *pieces, *biases
+        return hidden, None, None, None, norm_gradient, *gradient.split(sizes), *biases
 
 
 class _ToTokens(torch.autograd.Function):
@@ -199,29 +199,27 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         middle = linear_onto(hidden, attended, output)
         normed, inverse = _normalize(middle, epsilon)
-        gates = linear(normed, torch.cat([gate, up]) * norm)  # [M, 2 I]
-        opened, raised = gates.chunk(2, dim=1)
-        ctx.save_for_backward(attended, normed, inverse, gates, norm, output, gate, up, down)
+        # Two products, not one: halves of a row would be read and written slowly by all that follows.
+        opened, raised = linear(normed, gate * norm), linear(normed, up * norm)  # [M, I]
+        ctx.save_for_backward(attended, normed, inverse, opened, raised, norm, output, gate, up, down)
         return linear_onto(middle, silu(opened).mul_(raised), down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        attended, normed, inverse, gates, norm, output, gate, up, down = ctx.saved_tensors
-        opened, raised = gates.chunk(2, dim=1)
+        attended, normed, inverse, opened, raised, norm, output, gate, up, down = ctx.saved_tensors
         active = silu(opened)
         inner = linear(gradient, down.t())  # [M, I]
-        gates_gradient = torch.empty_like(gates)
-        opened_gradient, raised_gradient = gates_gradient.chunk(2, dim=1)
-        torch.mul(inner, active, out=raised_gradient)
-        torch.ops.aten.silu_backward.grad_input(inner.mul_(raised), opened, grad_input=opened_gradient)
+        raised_gradient = inner * active
         down_gradient = weight_gradient(gradient, active.mul_(raised))
-        middle, norm_gradient, (gate_gradient, up_gradient) = _normed_product_backward(
-            gates_gradient, normed, inverse, norm, [gate, up]
-        )
-        middle += gradient
+        opened_gradient = torch.ops.aten.silu_backward.grad_input(inner.mul_(raised), opened, grad_input=active)
+        along = linear_onto(linear(opened_gradient, (gate * norm).t()), raised_gradient, (up * norm).t())
+        middle = _normalize_backward(along, normed, inverse).add_(gradient)
+        gate_gradient, gate_norm = _normed_weight_gradient(opened_gradient, normed, norm, gate)
+        up_gradient, up_norm = _normed_weight_gradient(raised_gradient, normed, norm, up)
         outer = linear(middle, output.t())
         output_gradient = weight_gradient(middle, attended)
+        norm_gradient = gate_norm.add_(up_norm)
         return middle, outer, None, norm_gradient, output_gradient, gate_gradient, up_gradient, down_gradient
 
 
@@ -252,12 +250,7 @@ def _normalize_backward(gradient: Tensor, normed: Tensor, inverse: Tensor) -> Te
     return torch.addcmul(gradient, normed, along, value=-1.0).mul_(inverse)
 
 
-def _normed_product_backward(
-    gradient: Tensor, normed: Tensor, inverse: Tensor, norm: Tensor, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-    """Gradients of the hidden states, the norm's weight w and the matrices W of normed @ (W * w).T."""
-    matrix = torch.cat(list(weights))
-    hidden = _normalize_backward(linear(gradient, (matrix * norm).t()), normed, inverse)
+def _normed_weight_gradient(gradient: Tensor, normed: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the matrix W and the norm's weight w of normed @ (W * w).T."""
     product = weight_gradient(gradient, normed)  # of W * w
-    pieces = (product * norm).split([weight.shape[0] for weight in weights])
-    return hidden, (product * matrix).sum(dim=0), pieces
+    return product * norm, (product * weight).sum(dim=0)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from rlhf.core.types import PolicyOutput
 
+CPU_TOKENS = 4096
+"""On a CPU, tokens of a microbatch at most: more outgrow its caches and save nothing."""
+
 Scorer = Callable[[Mapping[str, Tensor], Tensor], PolicyOutput]
 
 
@@ -24,13 +27,15 @@ def measure(policy: Scorer, inputs: Mapping[str, Tensor], actions: Tensor, *, to
         inputs: prompt_ids, prompt_mask [R, P] and completion_mask [R, T].
         actions: [R, T] completion ids.
         tokens: Budget of a microbatch: rows x (longest prompt + longest completion) stays below it. A row
-            longer than the budget runs alone.
+            longer than the budget runs alone. On a CPU the budget is `CPU_TOKENS` at most.
 
     Returns:
         PolicyOutput with [R, T] tensors, 0 where not attended.
     """
     lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
     pieces: list[tuple[Tensor, PolicyOutput]] = []
+    if actions.device.type == "cpu":
+        tokens = min(tokens, CPU_TOKENS)
     for rows in length_sorted_batches(lengths.cpu(), tokens=tokens):
         rows = rows.to(actions.device)
         pieces.append((rows, policy({name: tensor[rows] for name, tensor in inputs.items()}, actions[rows])))
