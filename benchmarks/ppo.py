@@ -11,8 +11,7 @@ CPU in float32: a policy, its frozen copy as the reference, a reward model, and 
 reward model. A step is 64 completions of 64 prompts, KL in the reward (k1, 0.05), GAE, and in each epoch one optimizer
 step on all 64. TRL takes the old log-probs from its generation; so does ours, as long as a forward every 20th step
 finds that they agree (`old_log_probs: auto`). Ours scores text with the reward model as a recipe does (decode, tokenize
-again), TRL scores token ids. `import rlhf` asks torch for huge pages (THP_MEM_ALLOC_ENABLE), TRL does not; its process
-gets them where the caller's environment says so. Peak memory is that of a process for each side.
+again), TRL scores token ids. Peak memory is that of a process for each side.
 
 Cases `*_32`, `*_128`, `*_24` run every completion to that limit: the end token has a probability of 1e-9. In
 `tiny_ends` the model ends a completion after 40 tokens on average, 128 at most. `wide_24` has the vocabulary of the
@@ -36,8 +35,6 @@ from typing import Any, NamedTuple
 import torch
 from ppo_report import write_results
 
-ENVIRONMENT = dict(os.environ)
-"""As the user set it, before this toolkit was imported."""
 ROWS, PROMPT_LENGTH = 64, 16
 LEARNING_RATE = 1e-6
 TOKENIZER = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "qwen2.5"
@@ -167,8 +164,6 @@ class Peer:
     def __init__(self, python: str, folder: Path, settings: dict[str, Any]) -> None:
         script = str(Path(__file__).with_name("ppo_trl.py"))
         environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
-        if "THP_MEM_ALLOC_ENABLE" not in ENVIRONMENT:  # set by `import rlhf`, not by TRL
-            environment.pop("THP_MEM_ALLOC_ENABLE", None)
         environment["TRL_EXPERIMENTAL_SILENCE"] = "1"
         self._log = (folder / "peer.log").open("w+")
         self._process = subprocess.Popen(

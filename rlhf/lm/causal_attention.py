@@ -77,12 +77,18 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         queries, keys, values, *weights = ctx.saved_tensors
         queries_gradient = torch.empty_like(queries)
-        keys_gradient, values_gradient = torch.zeros_like(keys), torch.zeros_like(values)
-        for (start, end), own in zip(_blocks(queries.shape[1]), weights, strict=True):
+        keys_gradient = values_gradient = None
+        # The last block first: it sees every key, so that its products are what the others are added to.
+        for (start, end), own in reversed(list(zip(_blocks(queries.shape[1]), weights, strict=True))):
             outer = gradient[:, start:end]
-            values_gradient[:, :end] += torch.bmm(own.transpose(1, 2), outer)
             inner = torch.bmm(outer, values[:, :end].transpose(1, 2))
             inner = torch.ops.aten._softmax_backward_data(inner, own, -1, own.dtype)
-            queries_gradient[:, start:end] = torch.bmm(inner, keys[:, :end])
-            keys_gradient[:, :end] += torch.bmm(inner.transpose(1, 2), queries[:, start:end])
-        return queries_gradient.mul_(ctx.scale), keys_gradient.mul_(ctx.scale), values_gradient, None
+            torch.mul(torch.bmm(inner, keys[:, :end]), ctx.scale, out=queries_gradient[:, start:end])
+            of_keys = torch.bmm(inner.transpose(1, 2), queries[:, start:end])
+            of_values = torch.bmm(own.transpose(1, 2), outer)
+            if keys_gradient is None or values_gradient is None:
+                keys_gradient, values_gradient = of_keys.mul_(ctx.scale), of_values
+            else:
+                keys_gradient[:, :end].add_(of_keys, alpha=ctx.scale)
+                values_gradient[:, :end] += of_values
+        return queries_gradient, keys_gradient, values_gradient, None

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from rlhf.errors import ConfigError
+from rlhf.training.allocation import keep_freed_memory
 
 VARIABLE = "RLHF_CPU_LINEAR"
 MIN_PRODUCTS = 2**21
@@ -103,12 +104,16 @@ class FastLinear(nn.Linear):
 def use_fast_linear(module: nn.Module) -> None:
     """Let the plain linear layers inside a module compute through `linear`, where that pays on this machine.
 
+    On a CPU it also asks the C library to keep freed memory, see `keep_freed_memory`.
+
     Layers of other types (quantized, parametrized, adapters) stay as they are. Gradients of gradients are not
     available afterwards.
 
     Args:
         module: Changed in place; its parameters are not touched.
     """
+    if any(parameter.device.type == "cpu" for parameter in module.parameters()):
+        keep_freed_memory()
     if onednn_pays():
         for layer in module.modules():
             if type(layer) is nn.Linear:
