@@ -156,7 +156,6 @@ def test_grpo_learns(precision):
         tokenizer=tokenizer,
         reward=lambda completions, **_: [text.count("c") / 8 for text in completions],
         config=config,
-        single_step=True,
         algorithm=algorithm,
         accelerator=accelerator,
     )
