@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from reward_models.overoptimization.grid import run_lab
+from reward_models.overoptimization.plan import plan_lab
 from reward_models.overoptimization.report import report
 from reward_models.overoptimization.settings import OptimizationConfig, StartConfig, Variant
 from rlhf.cli import launch
@@ -25,6 +26,11 @@ class OveroptimizationConfig(Config):
     jobs: int = Field(2, ge=1)
     """Cells at a time, each in a process with one thread."""
     run: RunConfig = RunConfig()
+
+    def plan(self) -> list[str]:
+        """What `rlhf explain` tells of it."""
+        seeds = len(self.seeds)
+        return plan_lab(self.start, self.optimization, self.variants, seeds=seeds, jobs=self.jobs)
 
 
 def main(config: OveroptimizationConfig) -> dict[str, float]:

@@ -9,6 +9,8 @@ from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.data.records import Prompt
 from rlhf.lm.actors import make_generator
+from rlhf.lm.generation import bring_up_to_date
+from rlhf.lm.generator_config import GeneratorConfig, TransformersGeneratorConfig
 from rlhf.lm.loading import ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.lm.rankings import rank_samples, write_rankings
 from rlhf.lm.samples import sample_completions, score_samples
@@ -31,6 +33,8 @@ class RankingsConfig(Config):
     min_score_gap: float = Field(0.0, ge=0)
     """Scores nearer than this to the next one tie."""
     sampling: SamplingConfig
+    generator: GeneratorConfig = TransformersGeneratorConfig()
+    """What writes the completions: the model itself, or vLLM."""
     prompts_per_batch: int = Field(256, ge=1)
     """Prompts answered at once."""
     run: RunConfig = RunConfig()
@@ -41,7 +45,10 @@ def main(config: RankingsConfig) -> dict[str, float]:
     run = Run(config.run, resolved=config, iterations=0, recipe="rankings")
     tokenizer = load_tokenizer(config.model)
     model = load_causal_lm(config.model, tokenizer).to(run.accelerator.device)
-    generator = make_generator(model, tokenizer)
+    generator = make_generator(
+        model, tokenizer, config=config.generator, accelerator=run.accelerator, seed=config.run.seed
+    )
+    bring_up_to_date(generator)
     task = config.source.make_task()
     scorer = task.gold if config.scorer is None and task is not None else make_reward(config.scorer)
     random = torch.Generator().manual_seed(config.run.seed)

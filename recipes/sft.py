@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rlhf.cli import launch
 from rlhf.config import Config
 from rlhf.lm.actors import make_generator, pick_tokenizer
 from rlhf.lm.evaluation import EvaluationConfig, evaluate_policy
+from rlhf.lm.generator_config import GeneratorConfig, TransformersGeneratorConfig
 from rlhf.lm.loading import ModelConfig, load_causal_lm
 from rlhf.lm.sampling import SamplingConfig
 from rlhf.lm.sft import SftConfig, make_sft_trainer, optimize_sft, save_sft
@@ -24,6 +27,8 @@ class SftRunConfig(Config):
     reward: RewardConfig | None = None
     """Judges answers to the held-out prompts in evaluation; null looks at the held-out loss only."""
     sampling: SamplingConfig = SamplingConfig()
+    generator: GeneratorConfig = TransformersGeneratorConfig()
+    """What writes the answers that `reward` judges: the model itself, or vLLM."""
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
@@ -40,20 +45,23 @@ def main(config: SftRunConfig) -> dict[str, float]:
     )
     steps, accelerator = trainer.optimizer_steps, trainer.accelerator
     run = Run(config.run, resolved=config, iterations=steps, accelerator=accelerator, recipe="sft")
-
-    def judge() -> dict[str, float]:
-        return evaluate_policy(
-            make_generator(trainer.model, tokenizer),
+    judged = None
+    if config.reward is not None:
+        rewards = {"score": make_reward(config.reward)}
+        generator = make_generator(
+            trainer.model, tokenizer, config=config.generator, accelerator=accelerator, seed=config.run.seed
+        )
+        judged = partial(
+            evaluate_policy,
+            generator,
             tokenizer,
             prompts=prompts,
-            rewards={"score": make_reward(config.reward)} if config.reward is not None else {},
+            rewards=rewards,
             sampling=config.sampling,
             config=config.evaluation,
             device=accelerator.device,
             accelerator=accelerator,
         )
-
-    judged = judge if config.reward is not None else None
     metrics = optimize_sft(trainer, run, judge=judged, patience=config.training.patience)
     save_sft(trainer, run.directory / "model")
     return metrics

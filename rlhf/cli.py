@@ -128,6 +128,9 @@ def explain_command(
     ] = None,
     config: Annotated[str | None, typer.Option(help="A config's name, or the path of a YAML file.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Training processes that share the batches.")] = 1,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="They share weights, gradients and optimizer states too (FSDP2).")
+    ] = False,
 ) -> None:
     """Print what a run would do, take and use: batches, memory, and every setting as a YAML file to start from."""
     from rlhf.commands import running
@@ -135,7 +138,7 @@ def explain_command(
 
     with user_errors():
         _, resolved = running.Request.make(recipe, config=config, overrides=overrides or []).load()
-        typer.echo(explain_plan(resolved, processes=processes) + explain_config(resolved), nl=False)
+        typer.echo(explain_plan(resolved, processes=processes, sharded=sharded) + explain_config(resolved), nl=False)
 
 
 @app.command("show-batch")

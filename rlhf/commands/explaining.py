@@ -4,28 +4,53 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rlhf.commands.stages import Stage, resolve_stage
 from rlhf.config_problems import choices_in, types_of
 from rlhf.config_yaml import Dumper
 
 WIDTH = 110
 
 
-def explain_plan(config: BaseModel, *, processes: int = 1) -> str:
-    """What the run of a language recipe would do and take, as comments; empty for other recipes."""
-    # A recipe without a language model must not wait for transformers.
-    plays = hasattr(getattr(config, "collector", None), "starts_per_iteration")  # a text environment
-    ranks = hasattr(getattr(config, "training", None), "batch_prompts")  # a reward model
-    if not (plays or ranks) and not any(hasattr(config, name) for name in ("prompts", "demonstrations")):
-        return ""
-    from rlhf.lm.plan import plan
+SPEAKS = ("prompts", "demonstrations", "completions_per_call", "against", "num_candidates")
+"""Settings of which recipes with a language model have one; the others must not wait for transformers."""
 
-    return "".join(f"# {line}\n" for line in plan(config, processes=processes))
+
+def explain_plan(config: BaseModel, *, processes: int = 1, sharded: bool = False) -> str:
+    """What the run of a language recipe would do and take, as comments; empty for other recipes.
+
+    A config with a method `plan()` tells it itself; a config with `stages` is told stage by stage.
+
+    Args:
+        config: Resolved.
+        processes: Training processes that share the batches.
+        sharded: They share weights, gradients and optimizer states too.
+    """
+    if hasattr(config, "stages"):
+        return "".join(_explain_stage(stage, config, processes=processes) for stage in config.stages)
+    if hasattr(config, "plan"):
+        lines: list[str] = config.plan()
+    else:
+        plays = hasattr(getattr(config, "collector", None), "starts_per_iteration")  # a text environment
+        if not plays and not any(hasattr(config, name) for name in SPEAKS):
+            return ""
+        from rlhf.lm.plan import plan
+
+        lines = plan(config, processes=processes, sharded=sharded)
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _explain_stage(stage: Stage, config: Any, *, processes: int) -> str:
+    """A stage of a pipeline: what it starts from may not be there before the stages before it have run."""
+    directory = Path(config.run.directory or "runs/pipeline")
+    _, resolved = resolve_stage(stage, directory, config.run)
+    return f"# --- stage {stage.name}: {stage.title} ---\n" + explain_plan(resolved, processes=processes)
 
 
 def explain_config(config: BaseModel) -> str:

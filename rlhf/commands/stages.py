@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import Field
@@ -66,17 +67,37 @@ def run_stage(stage: Stage, directory: Path, run: RunConfig) -> StageResult:
     if run.resume and summary.is_file():
         record = json.loads(summary.read_text(encoding="utf-8"))
         return StageResult(stage, own, record["metrics"], record["stage_seconds"])
+    module, config = resolve_stage(stage, directory, run)
+    started = time.monotonic()
+    metrics = module.main(config)
+    seconds = time.monotonic() - started
+    _note_seconds(summary, seconds)
+    return StageResult(stage, own, metrics, seconds)
+
+
+def resolve_stage(stage: Stage, directory: Path, run: RunConfig) -> tuple[ModuleType, Config]:
+    """The stage's recipe, and the config that it will run with.
+
+    Args:
+        stage: Which.
+        directory: The pipeline's run directory.
+        run: The pipeline's settings; seed, resume and overwrite are handed on.
+
+    Raises:
+        ConfigError: The stage's settings are not those of its recipe.
+    """
     recipe = find_recipe(stage.recipe)
     module = import_recipe(recipe)
     file = find_config(recipe, stage.config) if stage.config is not None else None
     settings = merge_settings(read_yaml(file) if file is not None else {}, stage.settings)
-    handed_on = {"directory": str(own), "seed": run.seed, "resume": run.resume, "overwrite": run.overwrite}
+    handed_on = {
+        "directory": str(directory / stage.name),
+        "seed": run.seed,
+        "resume": run.resume,
+        "overwrite": run.overwrite,
+    }
     settings = merge_settings(_located(settings, directory), {"run": handed_on})
-    started = time.monotonic()
-    metrics = module.main(validate(module.CONFIG, settings, where=f"stage {stage.name}"))
-    seconds = time.monotonic() - started
-    _note_seconds(summary, seconds)
-    return StageResult(stage, own, metrics, seconds)
+    return module, validate(module.CONFIG, settings, where=f"stage {stage.name}")
 
 
 def _note_seconds(summary: Path, seconds: float) -> None:

@@ -29,6 +29,8 @@ class ModelSize:
     """Keys and values of one token, all layers."""
     hidden: int
     vocabulary: int
+    context: int | None = None
+    """Most tokens of a row, where the config tells."""
 
 
 def measure_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> ModelSize:
@@ -42,12 +44,7 @@ def measure_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None 
         ModelError: There is no config.json to read, or no such architecture.
         ConfigError: A fresh config with an unknown key.
     """
-    if model.config is not None and tokenizer is None:
-        raise ModelError("the size of a fresh model depends on its tokenizer", where="model.tokenizer")
-    config = _read_config(str(model.path)) if tokenizer is None or model.config is None else None
-    if config is None:
-        assert tokenizer is not None
-        config = fresh_config(model.config or {}, tokenizer)
+    config = read_model_config(model, tokenizer)
     dtype = DTYPES[model.dtype]
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
@@ -73,6 +70,7 @@ def measure_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None 
         cache_bytes=cache_bytes_per_token(text, dtype),
         hidden=int(text.hidden_size),
         vocabulary=int(text.vocab_size),
+        context=getattr(text, "max_position_embeddings", None),
     )
 
 
@@ -97,6 +95,20 @@ def _saved_by_quantization(built: Any, quantization: str | None) -> int:
     head = built.get_output_embeddings()
     linear = [module.weight for module in built.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     return sum(_bytes(weight) - round(weight.numel() * bits / 8) for weight in linear)
+
+
+def read_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
+    """The transformers config of a model: its config.json, or a fresh one for the tokenizer's vocabulary.
+
+    Raises:
+        ModelError: There is no config.json to read, or a fresh model has no tokenizer.
+        ConfigError: A fresh config with an unknown key.
+    """
+    if model.config is None:
+        return _read_config(str(model.path))
+    if tokenizer is None:
+        raise ModelError("the size of a fresh model depends on its tokenizer", where="model.tokenizer")
+    return fresh_config(model.config, tokenizer)
 
 
 def _read_config(path: str) -> PretrainedConfig:

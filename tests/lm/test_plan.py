@@ -12,7 +12,8 @@ from rlhf.errors import ModelError
 from rlhf.lm.actors import make_actors
 from rlhf.lm.footprint import cache_bytes_per_token, measure_model
 from rlhf.lm.loading import LoraSettings, ModelConfig, character_tokenizer, load_causal_lm
-from rlhf.lm.plan import critic_bytes, imitation_memory, plan, ranking_memory, rollout_memory
+from rlhf.lm.plan import plan
+from rlhf.lm.plan_memory import critic_bytes, imitation_memory, ranking_memory, rollout_memory
 from tests.lm.fresh_models import fresh_model
 
 MODEL = {
@@ -129,22 +130,27 @@ def test_optimizer_states_are_those_of_torch():
             bytes_of([tensor for tensor in state.values() if tensor.ndim > 0]) for state in optimizer.state.values()
         )
         settings = config("grpo", update={"optimizer": name})
-        assert rollout_memory(settings, size)["optimizer"] == real
-    assert imitation_memory(None, size)["optimizer"] == 2 * size.weight_bytes
+        assert rollout_memory(settings, size, tokenizer=TOKENIZER)["optimizer"] == real
+    values = {"model": {"config": MODEL}, "demonstrations": {"task": TASK}}
+    imitation = validate(import_recipe(find_recipe("sft")).CONFIG, values)
+    assert imitation_memory(imitation, size, tokenizer=TOKENIZER)["optimizer"] == 2 * size.weight_bytes
 
 
 def test_memory_of_the_rest_by_hand():
     size = measure_model(ModelConfig(config=MODEL), TOKENIZER)
-    memory = rollout_memory(config(), size, processes=2)
-    # 3 prompts at once x 4 completions, 6 + 10 tokens each; 2 layers x 2 heads x (4 + 4) numbers of 4 bytes a token.
-    assert memory["KV cache"] == 12 * 16 * 2 * 2 * 8 * 4
+    memory = rollout_memory(config(), size, processes=2, prompt_length=6, tokenizer=TOKENIZER)
+    # An evaluation writes more at once than a rollout's 3 prompts x 4: 4 held-out prompts x 4 samples.
+    # 6 + 10 tokens each; 2 layers x 2 heads x (4 + 4) numbers of 4 bytes a token.
+    assert memory["KV cache"] == 16 * 16 * 2 * 2 * 8 * 4
+    few = rollout_memory(config(evaluation={"samples_per_prompt": 1}), size, processes=2, tokenizer=TOKENIZER)
+    assert few["KV cache"] == 12 * 10 * 2 * 2 * 8 * 4
     # 6 of the 12 prompts x 4 completions x 10 tokens; old, sampling and reference log-probs, values, next values.
     assert memory["log-probs and values"] == 24 * 10 * 5 * 4
     assert memory["reference"] == size.weight_bytes
     # 240 positions x 9 tokens in float32, twice: less than a chunk.
     assert memory["logits of a chunk, forward and backward"] == 2 * 240 * 9 * 4
     lora = config(model={"config": MODEL, "lora": {"rank": 2}})
-    assert rollout_memory(lora, measure_model(lora.model, TOKENIZER))["reference"] == 0
+    assert rollout_memory(lora, measure_model(lora.model, TOKENIZER), tokenizer=TOKENIZER)["reference"] == 0
 
 
 def test_batches_by_hand():
@@ -213,7 +219,7 @@ def test_rankings_by_hand():
     }
     told = explain_plan(validate(module.CONFIG, values), processes=2)
     assert "24 prompts with 4 answers, each with its prompt at most 10 tokens; a process takes 12 prompts, 4" in told
-    assert "2 x 96 / 24 optimizer steps" in told
+    assert "2 x 96 rankings / 24 = 8 optimizer steps, 768 completions" in told
     assert "logits" not in told
 
 

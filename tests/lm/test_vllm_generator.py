@@ -23,7 +23,7 @@ from rlhf.lm.sampling import SamplingConfig
 from rlhf.lm.vllm_generator import VllmGenerator, make_vllm_generator
 from tests.lm import stand_in_vllm
 from tests.lm.fresh_models import CONFIGS, END, PAD, VOCABULARY, fresh_model, left_padded
-from tests.recipes.test_language_recipes import run, settings
+from tests.recipes.test_language_recipes import MODEL, run, settings
 
 DENSE = [
     name for name in CONFIGS if name not in ("gpt_neox", "mixtral", "deepseek_v3", "gpt_oss", "gpt2", "opt", "bloom")
@@ -283,7 +283,46 @@ def test_a_resumed_run_goes_on_exactly(vllm, tmp_path):
     assert {name: parts[name] for name in timeless} == {name: whole[name] for name in timeless}
 
 
-@pytest.mark.parametrize("recipe", ["grpo", "ppo_rlhf", "text_environment", "evaluate"])
+def test_fine_tuning_is_judged_by_its_answers(vllm, tmp_path):
+    """Greedy answers before, on the way and at the end score as those of the model's own layers do."""
+
+    def go(folder, generator):
+        task = {"name": "sort_letters", "word_length": 3, "letters": 5, "train": 40, "held_out": 6}
+        values = {"model": {"config": MODEL}, "demonstrations": {"task": task}, "generator": generator}
+        values |= {
+            "training": {"max_steps": 4, "batch_size": 8, "learning_rate": 0.05},
+            "sampling": {"max_completion_length": 5},
+        }
+        values |= {"reward": {"function": "tests.recipes.test_language_recipes:share_of_a"}}
+        values |= {"evaluation": {"samples_per_prompt": 0}}
+        values["run"] = {"directory": str(folder), "progress_bar": False, "evaluate_every": 2}
+        run("sft", values)
+        return [line["evaluation/greedy_score_mean"] for line in lines_of(folder) if "evaluation/loss" in line]
+
+    own = go(tmp_path / "own", {"type": "transformers"})
+    assert go(tmp_path / "vllm", VLLM) == pytest.approx(own)
+    assert len(set(own)) > 1
+    engine = vllm.LLM.started[0]
+    assert len(vllm.LLM.started) == 1
+    assert engine.loads == 1 + len(own)
+
+
+def test_rankings_are_made_of_its_answers(vllm, tmp_path):
+    model, tokenizer = fresh_model("llama"), character_tokenizer("abcde>")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    task = {"name": "sort_letters", "word_length": 3, "letters": 5, "train": 12, "held_out": 4}
+    values = {"model": {"path": str(tmp_path / "model")}, "source": {"task": task}, "generator": VLLM}
+    values |= {"scorer": {"function": "tests.recipes.test_language_recipes:share_of_a"}, "num_candidates": 3}
+    values |= {"sampling": {"max_completion_length": 5}, "run": {"directory": str(tmp_path / "run")}}
+    metrics = run("rankings", values)
+    engine = vllm.LLM.started[0]
+    assert engine.loads == 2  # at its start, and before the first answer
+    assert sum(len(asked) for asked in engine.calls) == 12 + 4
+    assert metrics["rankings"] + metrics["rankings_tied"] == 12
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo_rlhf", "text_environment", "evaluate", "sft", "rankings"])
 def test_the_generator_is_chosen_in_a_recipes_yaml(recipe):
     found = find_recipe(recipe)
     name = sorted(found.configs)[0]

@@ -100,20 +100,38 @@ def byte_letters():
 
 
 def ultrafeedback_row(index):
-    """The columns of openbmb/UltraFeedback that hold text and scores; "a<|im_end|>b" as models do write it."""
+    """All columns of openbmb/UltraFeedback; "a<|im_end|>b" as models do write it. The last rows are bad."""
     scores = [4.25, 2.0, 4.0, 1.5] if index else [3.0, 3.0, 3.25, 3.0]
+    aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    annotations = {aspect: {"Rating": "3", "Rationale": "So so."} for aspect in aspects}
+    if index == 11:
+        scores = [4.25, float("nan"), 4.0, 1.5]
     return {
         "source": "evol_instruct",
         "instruction": f"Question {index}?",
         "models": ["a", "b", "c", "d"],
         "completions": [
-            {"model": "a", "response": f"Answer {score} <|im_end|>.", "overall_score": 9.0, "fine-grained_score": score}
-            for score in scores
+            {
+                "annotations": dict.fromkeys(
+                    ("helpfulness", "honesty", "instruction_following", "truthfulness"), rating
+                ),
+                "custom_system_prompt": "Be helpful.",
+                "model": "a",
+                "principle": "helpfulness",
+                "response": f"Answer {score} <|im_end|>.",
+                "critique": "Good.",
+                "overall_score": 9.0,
+                "fine-grained_score": score,
+            }
+            for score in (scores if index < 12 else [])
         ],
+        "correct_answers": ["None"],
+        "incorrect_answers": ["None"],
     }
 
 
 def nectar_row(index):
+    """All columns of berkeley-nest/Nectar."""
     return {
         "prompt": f"\n\nHuman: Hello {index}\n\nAssistant: Hi!\n\nHuman: Go on\n\nAssistant: ",
         "answers": [{"answer": f"Answer {rank}", "model": "m", "rank": float(rank)} for rank in (3, 1, 2, 7, 5, 4, 6)],
@@ -124,15 +142,17 @@ def nectar_row(index):
     }
 
 
-@pytest.mark.filterwarnings("ignore:.*tie and were dropped")
+@pytest.mark.filterwarnings("ignore:.*tie and were dropped", "ignore:dropped")
 @pytest.mark.parametrize(("name", "make_row"), [("ultrafeedback", ultrafeedback_row), ("nectar", nectar_row)])
 def test_real_model_recipe_takes_two_steps(tmp_path, name, make_row):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(make_row(index)) + "\n" for index in range(11)))
+    count = 13 if name == "ultrafeedback" else 11
+    file.write_text("".join(json.dumps(make_row(index)) + "\n" for index in range(count)))
     config = load(name, f"data.path={file}", *stand_in(tmp_path / "model", tmp_path))
     rankings = load_rankings(config.data)
     if name == "ultrafeedback":
-        # Row 0 is one tie within the gap of 0.5. 4.25 and 4.0 tie, 2.0 and 1.5 do not.
+        # Row 0 is one tie within the gap of 0.5, row 11 has no number, row 12 no answer. 4.25 and 4.0 tie, 2.0
+        # and 1.5 do not.
         assert len(rankings) == 10
         assert rankings[0].ranks == (0, 1, 0, 2)
         assert rankings[0].prompt == [{"role": "user", "content": "Question 1?"}]
