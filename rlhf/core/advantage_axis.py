@@ -20,7 +20,8 @@ class Gae(Config):
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """lambda; 0 is the one-step TD error, 1 is discounted return minus value."""
     length_adaptive: float | None = Field(default=None, gt=0)
-    """alpha of VAPO: a row of l actions has the lambda 1 - 1 / (alpha x l), in place of gae_lambda; null: off."""
+    """alpha of VAPO: a row of l actions has the lambda 1 - 1 / (alpha x l), in place of gae_lambda; null: off. VAPO's
+    .05 is for answers of thousands of tokens: below 1 / alpha actions lambda is 0, and only the critic tells them."""
     critic_lambda: float | None = Field(default=None, ge=0, le=1)
     """lambda of the critic's returns, 1 in VC-PPO and VAPO; null takes the advantages' own."""
     standardize: Standardize = "none"

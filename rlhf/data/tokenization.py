@@ -243,8 +243,8 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ModelError(
             "the tokenizer has no pad token",
             where=tokenizer.name_or_path or None,
-            remedy=f"Set tokenizer.pad_token, for instance to the end token {tokenizer.eos_token!r}: masks come from "
-            "lengths here, so the two may be the same.",
+            remedy=f"Set model.pad_token (from Python, tokenizer.pad_token), for instance to the end token "
+            f"{tokenizer.eos_token!r}: masks come from lengths here, so the two may be the same.",
         )
 
 

@@ -9,7 +9,7 @@ from rlhf.config import Config
 from rlhf.lm.evidence import Evidence
 
 CheckName = Literal[
-    "ratio", "kl", "generator", "reward", "reward_varies", "groups", "limit", "room", "end_token", "entropy"
+    "ratio", "kl", "generator", "reward", "reward_varies", "groups", "limit", "room", "end_token", "entropy", "credit"
 ]
 Verdict = Literal["ok", "warning", "refused"]
 
@@ -50,6 +50,7 @@ def examine(evidence: Evidence, *, allow: Sequence[CheckName] = ()) -> list[Find
         check_room(evidence),
         check_end_token(evidence),
         check_entropy(evidence),
+        check_credit(evidence),
     ]
     found = [finding for finding in findings if finding is not None]
     allowed = {"verdict": "warning"}
@@ -207,3 +208,17 @@ def _cause_of_difference(evidence: Evidence) -> str:
     if evidence.is_bfloat16:
         return "bfloat16 rounds; use float32 weights with mixed_precision, or correct by algorithm.rollout_correction"
     return "the learner's forward differs from the collector's: temperature, precision, or weights that changed between"
+
+
+def check_credit(evidence: Evidence) -> Finding | None:
+    """With lambda 0 an action is told of its reward by the critic alone, and an untrained critic tells noise."""
+    if evidence.one_step is None:
+        return None
+    measured = f"lambda is 0 for {evidence.one_step:.0%} of the rows"
+    if evidence.one_step <= 0.5:
+        return Finding(name="credit", verdict="ok", measured=measured)
+    remedy = (
+        "these rows are shorter than 1 / alpha, so that no action but the last sees the reward: raise "
+        "algorithm.advantages.length_adaptive (20 / length gives lambda .95), or set it to null and gae_lambda"
+    )
+    return Finding(name="credit", verdict="warning", measured=measured, remedy=remedy)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf.core.advantage_axis import Gae
+from rlhf.core.advantages import length_adaptive_lambda
 from rlhf.core.types import Experience, Rollout
 from rlhf.data.tokenization import end_token_ids
 from rlhf.lm.collector import PromptCollector
@@ -65,6 +67,8 @@ class Evidence:
     """Greatest log-prob of an end token at the looked-at positions."""
     entropy: float | None
     """Nats per token."""
+    one_step: float | None = None
+    """Share of rows too short for a length-adaptive lambda: it is 0 there. None where lambda is another."""
     turns: bool = False
     """Whether rows are conversations of several turns."""
     out_of_room: float = 0.0
@@ -119,6 +123,7 @@ def gather_evidence(
         "groups": [] if rollout.group_ids is None else rollout.group_ids.tolist(),
         "finite": bool(experience.advantages[mask].isfinite().all()),
         "end": end,
+        "lambdas": _length_lambdas(rollout, learner),
     }
     parts = gather_objects(learner.accelerator, local)
     scores = [score for part in parts for score in part["scores"]]
@@ -144,6 +149,7 @@ def gather_evidence(
         end_in_vocabulary=None not in ends,
         end_log_prob=max((end for end in ends if end is not None), default=-math.inf),
         entropy=told.get("rollout/entropy"),
+        one_step=_share_of_zeros([value for part in parts for value in part["lambdas"]]),
         turns=isinstance(collector, EpisodeCollector),
         out_of_room=told.get("rollout/out_of_room_fraction", 0.0),
     )
@@ -174,6 +180,18 @@ def _end_log_prob(rollout: Rollout, collector: PromptCollector | EpisodeCollecto
             actions = rollout.actions[:rows].masked_fill(places, token)
             best = max(best, policy.action_log_probs(inputs, actions)[places].max().item())
     return best
+
+
+def _length_lambdas(rollout: Rollout, learner: Learner) -> list[float]:
+    """Lambda of each row where it follows the row's length."""
+    axis = learner.algorithm.advantages
+    if not isinstance(axis, Gae) or axis.length_adaptive is None:
+        return []
+    return length_adaptive_lambda(rollout.action_mask, alpha=axis.length_adaptive).flatten().tolist()
+
+
+def _share_of_zeros(values: list[float]) -> float | None:
+    return sum(value == 0 for value in values) / len(values) if values else None
 
 
 def _moments(difference: Tensor, mask: Tensor) -> tuple[float, float, float]:

@@ -19,6 +19,7 @@ from rlhf.errors import ConfigError, TrainingError
 from rlhf.training.checkpoints import write_atomically
 
 HEADLINES = (
+    "evaluation/loss",
     "evaluation/*mean",
     "evaluation/*accuracy*",
     "evaluation/*",
@@ -31,6 +32,7 @@ HEADLINES = (
     "clip_fraction",
     "entropy",
     "explained_variance",
+    "loss",
     "grad_norm",
 )
 """What the console shows, in this order; the files hold everything."""

@@ -245,3 +245,15 @@ def test_the_console_gets_a_table_and_the_remedies(tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(name in said for name in ("ratio", "generator", "reward_varies", "end_token"))
     assert "limit: most answers are judged unfinished: raise collector.sampling.max_completion_length" in said
+
+
+def test_lambda_of_rows_that_are_too_short_for_it(monkeypatch):
+    """VAPO's lambda is 1 - 1 / (.05 x length), so 0 below 20 tokens; with alpha 4 no row of 1 token or more has 0."""
+    finding = diagnose(preset="vapo", limit=12)["credit"]
+    assert (finding.verdict, finding.measured) == ("warning", "lambda is 0 for 100% of the rows")
+    assert "length_adaptive" in finding.remedy
+    vapo = ALGORITHMS["vapo"]
+    longer = vapo.model_copy(update={"advantages": vapo.advantages.model_copy(update={"length_adaptive": 4.0})})
+    monkeypatch.setitem(ALGORITHMS, "vapo", longer)
+    assert diagnose(preset="vapo", limit=12)["credit"].verdict == "ok"
+    assert "credit" not in diagnose(preset="ppo_rlhf")

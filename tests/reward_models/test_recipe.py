@@ -112,9 +112,7 @@ def ultrafeedback_row(index):
         "models": ["a", "b", "c", "d"],
         "completions": [
             {
-                "annotations": dict.fromkeys(
-                    ("helpfulness", "honesty", "instruction_following", "truthfulness"), rating
-                ),
+                "annotations": annotations,
                 "custom_system_prompt": "Be helpful.",
                 "model": "a",
                 "principle": "helpfulness",
