@@ -9,9 +9,9 @@ versions and threads.
 
 Both start from the same folder, on a CPU in float32, and make one optimizer step per rollout of 8 prompts x 8
 completions, without a KL term. Time is measured in one process, the two taking turns within TRL's training loop, so
-that a busy machine slows both alike. Peak memory is measured in a process for each side. TRL skips the old-log-prob
-forward in this setting; ours is measured with it (`recompute`) and without (`auto`, the default, which makes it every
-20th step).
+that a busy machine slows both alike; what `rlhf.training.allocation` saves by keeping memory, TRL saves there too. Peak
+memory is measured in a process for each side. TRL skips the old-log-prob forward in this setting; ours is measured with
+it (`recompute`) and without (`auto`, the default, which makes it every 20th step).
 
 On a GPU (`gpu_` cases) weights are float32 and products bfloat16 on both sides, by autocast; TRL generates through
 transformers, as it does without vLLM. Memory is then what torch allocated on the GPU at most.
