@@ -11,7 +11,7 @@ speed: `train()` alone on a few prompts, the sides in turns; tokens (padding inc
 body. TRL's forwards take a whole step, as halves of it were no faster.
 tuning: validation accuracy of each side at the learning rates `RATES`, mean over `TUNING_SEEDS`.
 accuracy: `--seeds` further seeds, each side at its best rate, on held-out rankings, all scored by one scorer. The
-interval resamples prompts, the deviation is over seeds.
+interval resamples prompts, not seeds.
 memory: peak resident size of a process that makes two steps, with Qwen's vocabulary of 151,665 tokens.
 
 Cases `alpaca_*` are AlpacaEval's answers ranked by GPT-4's preference (K = 4; K = 9 of 16, evenly spread), where the
