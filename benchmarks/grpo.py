@@ -8,10 +8,10 @@ The table is written after each case. Rows of cases that are not run again stay,
 versions and threads.
 
 Both start from the same folder, on a CPU in float32, and make one optimizer step per rollout of 8 prompts x 8
-completions, without a KL term. Time is measured in one process, the two taking turns within TRL's training loop, so
-that a busy machine slows both alike; what `rlhf.training.allocation` saves by keeping memory, TRL saves there too. Peak
-memory is measured in a process for each side. TRL skips the old-log-prob forward in this setting; ours is measured with
-it (`recompute`) and without (`auto`, the default, which makes it every 20th step).
+completions, without a KL term. Each side has a process of its own, since what one asks of the C library's allocator
+would serve the other too; they take turns, step by step, so that a busy machine slows both alike. Peak memory is
+measured in further processes. TRL skips the old-log-prob forward in this setting; ours is measured with it
+(`recompute`) and without (`auto`, the default, which makes it every 20th step).
 
 On a GPU (`gpu_` cases) weights are float32 and products bfloat16 on both sides, by autocast; TRL generates through
 transformers, as it does without vLLM. Memory is then what torch allocated on the GPU at most.
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -281,51 +281,95 @@ def make_trl(folder: Path, limit: int, steps: int, scratch: Path, *, gpu: bool) 
     return trainer
 
 
-def make_stopwatch(between: Callable[[], None]) -> Any:
-    """A callback that times TRL's steps and does `between` after each, outside the measured time."""
+def run_turns(case: str, folder: Path, steps: int) -> None:
+    """TRL's process: print seconds, generation seconds and mean length of each step, and wait for a line before it."""
     from transformers import TrainerCallback
 
-    class Stopwatch(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *arguments: Any, **named: Any) -> None:
-            self._started = _now()
+    class Turns(TrainerCallback):
+        def on_train_begin(self, *arguments: Any, **named: Any) -> None:
+            self._wait()
 
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
-            self.seconds.append(_now() - self._started)
-            between()
+            told = {"seconds": _now() - self._started, "generation": generation[0], "length": lengths[-1]}
+            print("STEP " + json.dumps(told), flush=True)
+            self._wait()
 
-    return Stopwatch()
+        def _wait(self) -> None:
+            print("READY", flush=True)
+            sys.stdin.readline()
+            self._started, generation[0] = _now(), 0.0
+
+    trainer = make_trl(folder, CASES[case].limit, steps, folder / "trl", gpu=runs_on_gpu(case))
+    generation = _time_method(trainer, "_generate_single_turn")
+    lengths = _record_lengths(trainer)
+    trainer.add_callback(Turns())
+    trainer.train()
+
+
+class Peer:
+    """TRL's trainer in a process of its own."""
+
+    def __init__(self, case: str, folder: Path, steps: int) -> None:
+        self._log = (folder / "peer.log").open("w+")
+        self._process = subprocess.Popen(
+            side_command(case, "turns", folder, steps),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self._read_until_ready()
+
+    def step(self) -> dict[str, float]:
+        """Let it make one step; what it tells of it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._read_until_ready()
+
+    def stop(self) -> None:
+        """Let it end."""
+        self._process.communicate("\n")
+        self._log.close()
+
+    def _read_until_ready(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        told: dict[str, float] = {}
+        for line in self._process.stdout:
+            if line.startswith("STEP "):
+                told = json.loads(line.removeprefix("STEP "))
+            if line.strip() == "READY":
+                return told
+        self._log.seek(0)
+        sys.exit(f"TRL's process stopped:\n{self._log.read()[-3000:]}")
 
 
 def compare(case: str, folder: Path, steps: int, warm_up: int) -> dict[str, Any]:
     """Time both sides, taking turns."""
     limit, gpu = CASES[case].limit, runs_on_gpu(case)
+    peer = Peer(case, folder, steps + warm_up)
     ours = {name: Ours(folder, limit, name, gpu=gpu) for name in ("recompute", "auto")}
+    theirs: list[dict[str, float]] = []
     seconds: dict[str, list[float]] = {name: [] for name in ours}
-
-    def take_our_turn() -> None:
+    for _ in range(steps + warm_up):
+        theirs.append(peer.step())
         for name, side in ours.items():
             started = _now()
             side.step()
             seconds[name].append(_now() - started)
-
-    trainer = make_trl(folder, limit, steps + warm_up, folder / "trl", gpu=gpu)
-    stopwatch = make_stopwatch(take_our_turn)
-    trainer.add_callback(stopwatch)
-    generation = _time_method(trainer, "_generate_single_turn")
-    lengths = _record_lengths(trainer)
-    trainer.train()
-    shown = {"trl": stopwatch.seconds[warm_up:], **{name: values[warm_up:] for name, values in seconds.items()}}
+    peer.stop()
+    shown = {"trl": [step["seconds"] for step in theirs], **seconds}
+    shown = {name: values[warm_up:] for name, values in shown.items()}
     result: dict[str, Any] = {"case": case, "steps": steps}
     for name, values in shown.items():
         result[f"{name}_seconds"] = median(values)
     for name, side in ours.items():
         result[f"{name}_ratio"] = median(t / o for t, o in zip(shown["trl"], shown[name], strict=True))
         result[f"{name}_generation_share"] = side.generation_seconds / sum(seconds[name])
-    result["trl_generation_share"] = generation[0] / sum(stopwatch.seconds)
-    result["trl_length_mean"] = sum(lengths) / len(lengths)
+    result["trl_generation_share"] = sum(step["generation"] for step in theirs) / sum(
+        step["seconds"] for step in theirs
+    )
+    result["trl_length_mean"] = sum(step["length"] for step in theirs) / len(theirs)
     result["our_length_mean"] = sum(ours["recompute"].lengths) / len(ours["recompute"].lengths)
     return result
 
@@ -368,22 +412,15 @@ def _record_lengths(trainer: Any) -> list[float]:
     return lengths
 
 
+def side_command(case: str, side: str, folder: Path, steps: int) -> list[str]:
+    """How a process for one side is started."""
+    command = [sys.executable, __file__, "--cases", case, "--side", side, "--folder", str(folder)]
+    return [*command, "--steps", str(steps), "--threads", str(torch.get_num_threads())]
+
+
 def measure_memory(case: str, side: str, folder: Path, steps: int) -> float:
     """Peak GiB (resident, or on the GPU) of a process that makes a few steps of one side."""
-    command = [
-        sys.executable,
-        __file__,
-        "--cases",
-        case,
-        "--side",
-        side,
-        "--folder",
-        str(folder),
-        "--steps",
-        str(steps),
-        "--threads",
-        str(torch.get_num_threads()),
-    ]
+    command = side_command(case, side, folder, steps)
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
     return float(output.strip().splitlines()[-1])
 
@@ -391,6 +428,9 @@ def measure_memory(case: str, side: str, folder: Path, steps: int) -> float:
 def run_side(case: str, side: str, folder: Path, steps: int) -> None:
     """Make steps of one side alone and print the peak memory."""
     limit, gpu = CASES[case].limit, runs_on_gpu(case)
+    if side == "turns":
+        run_turns(case, folder, steps)
+        return
     if side == "trl":
         make_trl(folder, limit, steps, folder / "trl", gpu=gpu).train()
     else:
@@ -481,7 +521,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder of the wide model's tokenizer")
-    parser.add_argument("--side", choices=["trl", "recompute", "auto"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["trl", "turns", "recompute", "auto"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
