@@ -234,7 +234,8 @@ def test_decoding_obeys_the_mask_and_drops_special_tokens():
 def test_special_tokens_are_required():
     require_special_tokens(small())
     with pytest.raises(
-        ModelError, match=r"no pad token.*Set tokenizer\.pad_token, for instance to the end token '<end>'"
+        ModelError,
+        match=r"no pad token.*Set model\.pad_token \(from Python, tokenizer\.pad_token\), for instance to the end",
     ):
         require_special_tokens(small(pad=None))
     with pytest.raises(ModelError, match=r"no end token.*Set tokenizer\.eos_token"):

@@ -155,7 +155,8 @@ def test_recipes_train_policy_critic_and_reward_model_on_one_backbone(tmp_path):
     }
     play("ppo_rlhf", settings)
     lines = [json.loads(line) for line in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
-    assert [line["kl_to_ref"] == 0.0 for line in lines] == [True, True, False]  # the critic learned alone at first
+    # The critic learned alone at first; the generator's log-probs agree with the reference's up to rounding.
+    assert [abs(line["kl_to_ref"]) < 1e-6 for line in lines] == [True, True, False]
     # What the policy was paid while its adapters moved is what the reward model says with a body of its own.
     samples = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").read_text().splitlines()]
     alone = RewardModelScorer.from_pretrained(folder)
