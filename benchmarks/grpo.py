@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from grpo_cases import CASES, TOKENIZER, make_model, prompts_of, runs_on_gpu
 from grpo_report import environment, kept_results, write_results
+from peer import Peer
 
 PROMPTS, GROUP = 8, 8
 LEARNING_RATE = 1e-6
@@ -176,7 +177,8 @@ def run_turns(case: str, folder: Path, steps: int) -> None:
 
         def _wait(self) -> None:
             print("READY", flush=True)
-            sys.stdin.readline()
+            if not sys.stdin.readline():
+                sys.exit(0)
             self._started, generation[0] = _now(), 0.0
 
     trainer = make_trl(folder, CASES[case].limit, steps, folder / "trl", gpu=runs_on_gpu(case))
@@ -186,48 +188,10 @@ def run_turns(case: str, folder: Path, steps: int) -> None:
     trainer.train()
 
 
-class Peer:
-    """TRL's trainer in a process of its own."""
-
-    def __init__(self, case: str, folder: Path, steps: int) -> None:
-        self._log = (folder / "peer.log").open("w+")
-        self._process = subprocess.Popen(
-            side_command(case, "turns", folder, steps),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        self._read_until_ready()
-
-    def step(self) -> dict[str, float]:
-        """Let it make one step; what it tells of it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        return self._read_until_ready()
-
-    def stop(self) -> None:
-        """Let it end."""
-        self._process.communicate("\n")
-        self._log.close()
-
-    def _read_until_ready(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        told: dict[str, float] = {}
-        for line in self._process.stdout:
-            if line.startswith("STEP "):
-                told = json.loads(line.removeprefix("STEP "))
-            if line.strip() == "READY":
-                return told
-        self._log.seek(0)
-        sys.exit(f"TRL's process stopped:\n{self._log.read()[-3000:]}")
-
-
 def compare(case: str, folder: Path, steps: int, warm_up: int) -> dict[str, Any]:
     """Time both sides, taking turns."""
     limit, gpu = CASES[case].limit, runs_on_gpu(case)
-    peer = Peer(case, folder, steps + warm_up)
+    peer = Peer(side_command(case, "turns", folder, steps + warm_up), folder)
     ours = {name: Ours(folder, limit, name, gpu=gpu) for name in ("recompute", "auto")}
     theirs: list[dict[str, float]] = []
     seconds: dict[str, list[float]] = {name: [] for name in ours}

@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from peer import Peer
 from ppo_report import write_results
 
 ROWS, PROMPT_LENGTH = 64, 16
@@ -158,48 +159,13 @@ class Ours:
         return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
 
 
-class Peer:
+def start_peer(python: str, folder: Path, settings: dict[str, Any]) -> Peer:
     """TRL's trainer in a process of its own."""
-
-    def __init__(self, python: str, folder: Path, settings: dict[str, Any]) -> None:
-        script = str(Path(__file__).with_name("ppo_trl.py"))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
-        environment["TRL_EXPERIMENTAL_SILENCE"] = "1"
-        self._log = (folder / "peer.log").open("w+")
-        self._process = subprocess.Popen(
-            [python, script, "--folder", str(folder), "--settings", json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment,
-        )
-        self._read_until_ready()
-
-    def _read_until_ready(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        told: dict[str, float] = {}
-        for line in self._process.stdout:
-            if line.startswith("STEP "):
-                told = json.loads(line.removeprefix("STEP "))
-            if line.strip() == "READY":
-                return told
-        self._log.seek(0)
-        sys.exit(f"the peer stopped:\n{self._log.read()[-3000:]}")
-
-    def step(self) -> dict[str, float]:
-        """Let it make one step."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        return self._read_until_ready()
-
-    def stop(self) -> None:
-        """Let it go."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._log.close()
+    script = str(Path(__file__).with_name("ppo_trl.py"))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
+    environment["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    command = [python, script, "--folder", str(folder), "--settings", json.dumps(settings)]
+    return Peer(command, folder, environment=environment)
 
 
 def make_settings(folder: Path, case: Case, threads: int) -> dict[str, Any]:
@@ -216,7 +182,7 @@ def make_settings(folder: Path, case: Case, threads: int) -> dict[str, Any]:
 
 def measure_time(folder: Path, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Time both sides, taking turns."""
-    ours, peer = Ours(folder, settings), Peer(options.peer_python, folder, settings)
+    ours, peer = Ours(folder, settings), start_peer(options.peer_python, folder, settings)
     turns = [(peer.step(), ours.step()) for _ in range(options.warm_up + options.steps)]
     peer.stop()
     shown = turns[options.warm_up :]
@@ -232,7 +198,7 @@ def measure_time(folder: Path, settings: dict[str, Any], options: argparse.Names
 
 def measure_memory(folder: Path, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Peak resident GiB of a process for each side that makes two steps."""
-    peer = Peer(options.peer_python, folder, settings)
+    peer = start_peer(options.peer_python, folder, settings)
     theirs = [peer.step() for _ in range(2)][-1]["gib"]
     peer.stop()
     file = folder / "settings.json"

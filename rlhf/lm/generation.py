@@ -102,7 +102,7 @@ class TransformersGenerator:
         if not self.end_token_ids:
             raise ConfigError("generation needs at least one end token", where="end_token_ids")
         self._plan = plan_decoding(split_model(model)) if backend == "in_place" else None
-        self._records = bool(self._plan) and cuda_graphs and can_be_recorded(self._plan)
+        self._records = self._plan is not None and cuda_graphs and can_be_recorded(self._plan)
         self.decode_path: DecodePath = self._path(model.device, fused=self._plan is not None and self._plan.can_fuse)
 
     @torch.no_grad()  # not inference_mode: its tensors could never enter autograd later

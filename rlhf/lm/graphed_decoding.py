@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlhf.errors import TrainingError
 from rlhf.lm.cache import InPlaceCache, padding_bias
-from rlhf.lm.decoding import DEVICE_CHECK_STEPS, UNIFORM_STEPS, Decoder
+from rlhf.lm.decoding import DEVICE_CHECK_STEPS, UNIFORM_STEPS, Decoder, DecodingPlan
 from rlhf.lm.fusible_structure import is_plain_linear
 from rlhf.lm.sampling import choose_tokens
 
@@ -35,10 +35,10 @@ _BATCH_DEPENDENT_ROTARY = {"dynamic", "longrope"}
 """Rotary types that look at the greatest position of the batch, for which the device must be asked."""
 
 
-def can_be_recorded(decoder: Any) -> bool:
-    """Whether every operation of a step runs on the device alone, for the model of a `DecodingPlan`."""
-    body, head = decoder.parts.body, decoder.parts.head
-    if not decoder.can_fuse or not is_plain_linear(head.module):
+def can_be_recorded(plan: DecodingPlan) -> bool:
+    """Whether every operation of a step of this model runs on the device alone."""
+    body, head = plan.parts.body, plan.parts.head
+    if not plan.can_fuse or not is_plain_linear(head.module):
         return False
     return getattr(body.rotary_emb, "rope_type", "default") not in _BATCH_DEPENDENT_ROTARY
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlhf.lm.policy import LanguageModelPolicy
+
 VOCABULARY = 61
 PAD, BOS, END = 0, 1, 2
 
@@ -114,3 +116,18 @@ def left_padded(
     mask = torch.arange(width)[None] >= width - torch.tensor(lengths)[:, None]
     ids = torch.randint(3, VOCABULARY, mask.shape, generator=generator)
     return ids.masked_fill(~mask, PAD), mask
+
+
+def mixed_precision_gaps(
+    model: Any, prompts: tuple[torch.Tensor, torch.Tensor], result: Any, *, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean distance in nats of the trainer's bfloat16 log-probs from its own float32 ones, and from the sampler's."""
+    ids, mask = (tensor.repeat_interleave(group_size, dim=0) for tensor in prompts)
+    inputs = {"prompt_ids": ids, "prompt_mask": mask, "completion_mask": result.completion_mask}
+    policy = LanguageModelPolicy(model)
+    with torch.no_grad():
+        exact = policy(inputs, result.completion_ids).log_probs
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            trainers = policy(inputs, result.completion_ids).log_probs
+    rounding, mismatch = (trainers - exact).abs(), (trainers - result.sampling_log_probs).abs()
+    return rounding[result.completion_mask].mean(), mismatch[result.completion_mask].mean()

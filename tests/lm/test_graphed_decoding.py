@@ -11,9 +11,8 @@ from rlhf.lm import graphed_decoding
 from rlhf.lm.generation import TransformersGenerator
 from rlhf.lm.graphed_decoding import GraphedDecoder, can_be_recorded
 from rlhf.lm.loading import LoraSettings, add_lora
-from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.sampling import SamplingConfig
-from tests.lm.fresh_models import PAD, fresh_model, left_padded
+from tests.lm.fresh_models import PAD, fresh_model, left_padded, mixed_precision_gaps
 
 ENDS = [2, 3, 4]
 """Several, so that rows end at different steps."""
@@ -88,18 +87,7 @@ def test_mixed_precision_samples_what_the_trainer_scores(graphs, request):
     sampling = SamplingConfig(max_completion_length=25)
     result = generator.generate(ids, mask, group_size=8, sampling=sampling, generator=torch.Generator().manual_seed(0))
     assert generator.decode_path == ("graph" if graphs else "fused")
-    inputs = {
-        "prompt_ids": ids.repeat_interleave(8, dim=0),
-        "prompt_mask": mask.repeat_interleave(8, dim=0),
-        "completion_mask": result.completion_mask,
-    }
-    policy = LanguageModelPolicy(model)
-    with torch.no_grad():
-        exact = policy(inputs, result.completion_ids).log_probs
-        with torch.autocast("cpu", torch.bfloat16):
-            trainers = policy(inputs, result.completion_ids).log_probs
-    rounding = (trainers - exact).abs()[result.completion_mask].mean()
-    mismatch = (trainers - result.sampling_log_probs).abs()[result.completion_mask].mean()
+    rounding, mismatch = mixed_precision_gaps(model, (ids, mask), result, group_size=8)
     assert rounding > 1e-3  # bfloat16 really computes otherwise
     assert mismatch < 1.5 * rounding
     assert all(parameter.dtype is torch.float32 for parameter in model.parameters())

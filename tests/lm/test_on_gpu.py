@@ -20,7 +20,7 @@ from rlhf.lm.sampling import SamplingConfig
 from rlhf.training.distributed import make_accelerator
 from rlhf.training.learner import Learner
 from rlhf.training.update_config import UpdateConfig
-from tests.lm.fresh_models import PAD, fresh_model, left_padded
+from tests.lm.fresh_models import PAD, fresh_model, left_padded, mixed_precision_gaps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 ENDS = [2, 3, 4]
@@ -93,18 +93,7 @@ def test_mixed_precision_samples_what_the_trainer_scores(graphs):
     generator = make(model, dtype=torch.bfloat16, cuda_graphs=graphs)
     result = generator.generate(ids, mask, group_size=32, sampling=SamplingConfig(max_completion_length=40))
     assert generator.decode_path == ("graph" if graphs else "fused")
-    inputs = {
-        "prompt_ids": ids.repeat_interleave(32, dim=0),
-        "prompt_mask": mask.repeat_interleave(32, dim=0),
-        "completion_mask": result.completion_mask,
-    }
-    policy = LanguageModelPolicy(model)
-    with torch.no_grad():
-        exact = policy(inputs, result.completion_ids).log_probs
-        with torch.autocast("cuda", torch.bfloat16):
-            trainers = policy(inputs, result.completion_ids).log_probs
-    rounding = (trainers - exact).abs()[result.completion_mask].mean()
-    mismatch = (trainers - result.sampling_log_probs).abs()[result.completion_mask].mean()
+    rounding, mismatch = mixed_precision_gaps(model, (ids, mask), result, group_size=32)
     assert rounding > 1e-3
     assert mismatch < 1.5 * rounding
 

@@ -28,8 +28,9 @@ def run(config):
 
 
 @pytest.mark.parametrize("name", sorted(RECIPE.configs))
-def test_every_config_loads(name):
-    load(name)
+def test_every_config_loads_and_survives_being_written(name):
+    config = load(name)
+    assert type(config).model_validate(config.model_dump(mode="json")) == config
 
 
 def test_default_runs_and_its_folder_scores(tmp_path):

@@ -153,8 +153,9 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("name", sorted(RECIPE.configs))
-def test_every_config_loads(name):
-    load_config(import_recipe(RECIPE).CONFIG, RECIPE.configs[name])
+def test_every_config_loads_and_survives_being_written(name):
+    config = load_config(import_recipe(RECIPE).CONFIG, RECIPE.configs[name])
+    assert type(config).model_validate(config.model_dump(mode="json")) == config
 
 
 def test_version_1_file(tmp_path):
