@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import signal
@@ -79,25 +78,10 @@ def run_here(request: Request) -> int:
     module, config = request.load()
     module.main(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _end_worker()
+        from rlhf.training.distributed import end_worker
+
+        end_worker()
     return 0
-
-
-def _end_worker() -> NoReturn:
-    """End one process of several after its run, without Python's own finalization.
-
-    While that runs, threads of torch's process group can still ask for Python's lock, and the process then ends with
-    SIGABRT ("terminate called without an active exception") after a good run: 3 of 30 runs of two processes over gloo,
-    also with the group destroyed before. Exit functions run and streams are flushed as usual.
-    """
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def run_processes(request: Request, processes: int, *, traceback: bool = False) -> int:

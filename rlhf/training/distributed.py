@@ -6,10 +6,13 @@ Collectives are few and stacked: pairing tensors by iterating over names would p
 
 from __future__ import annotations
 
+import atexit
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -88,6 +91,21 @@ def make_reduce(accelerator: Accelerator) -> Reduce:
         return total.to(tensor.device)
 
     return reduce
+
+
+def end_worker() -> NoReturn:
+    """End one process of several after its run, without Python's own finalization.
+
+    While that runs, threads of torch's process group can still ask for Python's lock, and the process then ends with
+    SIGABRT ("terminate called without an active exception") after a good run: 3 of 30 runs of two processes over gloo,
+    also with the group destroyed before. Exit functions run and streams are flushed as usual.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def gather_stack(accelerator: Accelerator, tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import rlhf.lm.fine_tuning as fine_tuning
 from rlhf.config import validate
+from rlhf.training.distributed import end_worker
 
 MODEL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 MODEL |= {"num_attention_heads": 2, "max_position_embeddings": 64}
@@ -73,8 +74,8 @@ def main(folder):
             metrics = train(name, Path(folder) / kind / name)
             file = Path(folder) / kind / f"{name}_{accelerator.process_index}.json"
             file.write_text(json.dumps(metrics))
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_worker()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from scenarios import SCENARIOS, run_whole_and_resumed, train, whitened_advantages
 
-from rlhf.training.distributed import make_accelerator
+from rlhf.training.distributed import end_worker, make_accelerator
 
 
 def main(folder):
@@ -18,8 +18,8 @@ def main(folder):
         torch.save({"weights": weights, "metrics": metrics}, Path(folder) / f"{name}_{rank}.pt")
     torch.save(whitened_advantages(rank=rank, accelerator=accelerator), Path(folder) / f"whitened_{rank}.pt")
     torch.save(run_whole_and_resumed(folder, accelerator), Path(folder) / f"run_{rank}.pt")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_worker()
