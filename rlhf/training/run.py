@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from rlhf.config import Config
 from rlhf.core.types import Rollout
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.training.allocation import release_holes
 from rlhf.training.checkpoints import CheckpointStore, write_atomically
 from rlhf.training.distributed import (
     gather_objects,
@@ -299,6 +300,7 @@ class Run:
             self._console.say(f"the run ends after iteration {iteration} of {self.total}: {ends_because}")
         if stops:
             self._stop.act()
+        release_holes()
 
     def _rollout_metrics(self, rollout: Rollout | None) -> dict[str, float]:
         everywhere = gather_objects(self.accelerator, dict(rollout.metrics) if rollout is not None else {})
