@@ -14,6 +14,8 @@ from rlhf.lm.shared_prompt import PromptGroups
 
 INITIAL_COLUMNS = 256
 """Columns allocated at first; storage then doubles, so that short answers need no long storage."""
+ACROSS_COLUMNS = 64
+"""Keys that lie across are read with all columns of their storage, which therefore grows in steps of this many."""
 
 
 class InPlaceLayer(CacheLayerMixin):
@@ -35,7 +37,8 @@ class InPlaceLayer(CacheLayerMixin):
         self.rows = 0
         self.length = 0
         self.offset = 0  # columns that are not in `keys` because the prompts are kept apart
-        self.pair: Tensor | None = None  # [2, rows, heads, columns, head_dim]: keys and values where their widths agree
+        self.pair: Tensor | None = None  # [2, rows, heads, columns, head_dim]: keys and values where they are alike
+        self.keys_across = False
         self.prompt_keys: Tensor | None = None
         self.prompt_values: Tensor | None = None
 
@@ -52,8 +55,7 @@ class InPlaceLayer(CacheLayerMixin):
             return key_states, value_states
         start = self.length - self.offset
         end = start + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            self._grow(end)
+        self._make_room(end)
         keys, values = self.keys[: self.rows, :, :end], self.values[: self.rows, :, :end]
         keys[:, :, start:] = key_states
         values[:, :, start:] = value_states
@@ -63,9 +65,11 @@ class InPlaceLayer(CacheLayerMixin):
     def append(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
         """As `update` after `start_decoding`, for one column [n, 2, heads, head_dim] in one write."""
         start = self.length - self.offset
-        if start == self.keys.shape[2]:
-            self._grow(start + 1)
-        self.active_pair()[:, :, :, start] = keys_values.transpose(0, 1)
+        self._make_room(start + 1)
+        if self.pair is not None:
+            self.active_pair()[:, :, :, start] = keys_values.transpose(0, 1)
+        else:
+            self.keys[: self.rows, :, start], self.values[: self.rows, :, start] = keys_values.unbind(1)
         self.length += 1
         return self.keys[: self.rows, :, : start + 1], self.values[: self.rows, :, : start + 1]
 
@@ -76,27 +80,29 @@ class InPlaceLayer(CacheLayerMixin):
     def reserve(self, columns: int, *, written: int) -> None:
         """Make room for `columns`, of which `written` are in use."""
         self.length = written
-        if columns - self.offset > self.keys.shape[2]:
-            self._grow(columns - self.offset)
+        self._make_room(columns - self.offset)
 
     def active_pair(self) -> Tensor:
         """Keys and values [2, n, H, columns, D] of the active rows, a view; after `start_decoding`."""
         assert self.pair is not None, "keys and values of one width, after start_decoding"
         return self.pair[:, : self.rows]
 
-    def start_decoding(self, group_size: int, *, share: bool) -> None:
+    def start_decoding(self, group_size: int, *, share: bool, keys_across: bool = False) -> None:
         """Make rows for `group_size` completions of each prompt, consecutively.
 
         Args:
             group_size: Completions per prompt.
             share: Keep the prompts apart instead of repeating them.
+            keys_across: Store keys as [rows, heads, head_dim, columns], for `decode_products`; `keys` shows them as
+                ever.
         """
+        self.keys_across = keys_across
         prompt_keys, prompt_values = self.keys, self.values
         self.rows *= group_size
         if share:
             self.prompt_keys, self.prompt_values, self.offset = prompt_keys, prompt_values, self.length
-        columns = min(self.capacity - self.offset, self.length - self.offset + INITIAL_COLUMNS)
-        self._allocate(columns)
+        written = self.length - self.offset
+        self._allocate(min(self.capacity - self.offset, written + INITIAL_COLUMNS), key_columns=written + 1)
         if not share:
             for storage, prompt in ((self.keys, prompt_keys), (self.values, prompt_values)):
                 shape = (len(prompt), group_size, *prompt.shape[1:])
@@ -106,8 +112,10 @@ class InPlaceLayer(CacheLayerMixin):
         """Copy rows `sources` over rows `destinations`, then keep the first `rows`."""
         columns = self.length - self.offset
         if len(sources) > 0:
-            for storage in (self.keys, self.values):
-                storage[destinations, :, :columns] = storage[sources, :, :columns]
+            self.values[destinations, :, :columns] = self.values[sources, :, :columns]
+            if self.keys_across:  # whole rows of memory are copied sooner than parts of their lines
+                columns = self.keys.shape[2]
+            self.keys[destinations, :, :columns] = self.keys[sources, :, :columns]
         self.rows = rows
 
     def keep_prompts(self, kept: Tensor) -> None:
@@ -116,17 +124,33 @@ class InPlaceLayer(CacheLayerMixin):
         assert self.prompt_values is not None
         self.prompt_keys, self.prompt_values = self.prompt_keys[kept], self.prompt_values[kept]
 
-    def _grow(self, needed: int) -> None:
-        """Move to wider storage; rows given up are not copied."""
-        columns = min(max(needed, 2 * self.keys.shape[2]), max(self.capacity - self.offset, needed))
+    def _make_room(self, needed: int) -> None:
+        """Move to wider storage where `needed` columns have no room; rows given up are not copied."""
+        if needed <= min(self.keys.shape[2], self.values.shape[2]):
+            return
+        columns = min(max(needed, 2 * self.values.shape[2]), max(self.capacity - self.offset, needed))
+        key_columns = max(needed, self.keys.shape[2] * 9 // 8)
         written = self.length - self.offset
         keys, values = self.keys, self.values
-        self._allocate(columns)
-        self.keys[:, :, :written] = keys[: self.rows, :, :written]
-        self.values[:, :, :written] = values[: self.rows, :, :written]
+        self._allocate(columns if needed > values.shape[2] or not self.keys_across else None, key_columns=key_columns)
+        for storage, former in ((self.keys, keys), (self.values, values)):
+            if storage is not former:
+                storage[:, :, :written] = former[: self.rows, :, :written]
 
-    def _allocate(self, columns: int) -> None:
-        """Replace `keys` and `values` by new storage of the same heads and widths."""
+    def _allocate(self, columns: int | None, *, key_columns: int) -> None:
+        """Replace `keys` and `values` by new storage of the same heads and widths.
+
+        Args:
+            columns: None keeps the values.
+            key_columns: Of keys that lie across.
+        """
+        if self.keys_across:
+            wide = key_columns + -key_columns % ACROSS_COLUMNS
+            self.keys = self.keys.new_empty(self.rows, self.keys.shape[1], self.keys.shape[3], wide).transpose(2, 3)
+            if columns is not None:
+                self.values = _storage(self.values, self.rows, columns)
+            return
+        assert columns is not None
         if self.keys.shape[1:2] + self.keys.shape[3:] == self.values.shape[1:2] + self.values.shape[3:]:
             _, heads, _, width = self.keys.shape
             make = self.keys.new_zeros if self.zeroed else self.keys.new_empty
@@ -179,10 +203,13 @@ class InPlaceCache(Cache):
         self.last_updated = self.layers[layer_idx]
         return self.last_updated.append(keys_values)
 
-    def start_decoding(self, group_size: int, *, share: bool, prompt_mask: Tensor) -> None:
-        """Make rows for the completions; with `share`, each prompt [N, P] stays stored once."""
+    def start_decoding(self, group_size: int, *, share: bool, prompt_mask: Tensor, keys_across: bool = False) -> None:
+        """Make rows for the completions; with `share`, each prompt [N, P] stays stored once.
+
+        With `keys_across`, keys are stored for `decode_products`.
+        """
         for layer in self.used_layers():
-            layer.start_decoding(group_size, share=share)
+            layer.start_decoding(group_size, share=share, keys_across=keys_across)
         if not share:
             return
         prompts = len(prompt_mask)

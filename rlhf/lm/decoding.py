@@ -170,13 +170,14 @@ class Decoder:
             logits = self._prefill(prompt_ids, prompt_mask)
         self.logits = logits.repeat_interleave(group_size, dim=0)
         # Read for each batch: training changes weights, and adapters or hooks may have come since the plan was made.
-        self.fused = read_fused_step(plan.parts.body, dtype=dtype) if plan.can_fuse else None
+        self.fused = read_fused_step(plan.parts.body, dtype=dtype, positions=capacity) if plan.can_fuse else None
         self.head = read_head(plan.parts.head, dtype) if self.fused is not None else plan.parts.head
         if self.fused is not None and dtype is not None:
             self.cache.round_to(dtype)
         worthwhile = group_size > 1 and (self.device.type != "cpu" or self.prompt_length > SHORT_PROMPT)
         self.shared = self.shares_prompts and plan.can_share_prompts and worthwhile
-        self.cache.start_decoding(group_size, share=self.shared, prompt_mask=prompt_mask)
+        across = self.fused is not None and self.fused.wants_keys_across and not self.reads_ahead
+        self.cache.start_decoding(group_size, share=self.shared, prompt_mask=prompt_mask, keys_across=across)
         self.positions = prompt_mask.sum(dim=1).repeat_interleave(group_size)[:, None]  # [n, 1] of the next token
         self.mask = self._make_mask(prompt_mask.repeat_interleave(group_size, dim=0))
 

@@ -24,11 +24,13 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from rlhf.lm.backbone import LogitsHead
 from rlhf.lm.cache import InPlaceCache
+from rlhf.lm.decode_products import match_keys, wants_keys_across, weigh_values
 from rlhf.lm.fusible_structure import has_fusible_structure, is_plain_linear, norm_epsilon, parts_of
 from rlhf.lm.shared_prompt import attend
-from rlhf.lm.weighted_values import weigh_values
 from rlhf.training.linear import linear, linear_onto
 
+STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}
+"""Rotary types whose angles depend on the position alone; others look at the batch's greatest position."""
 MERGE_LIMITS = {"cpu": 2**22, "cuda": 2**24}
 """Elements up to which matrices are merged. Beyond, the product itself takes the time and the copy too much memory."""
 
@@ -129,14 +131,25 @@ class FusedStep:
     Args:
         body: See `read_fused_step`, which makes the object.
         layers: The parts of its layers.
+        positions: Positions below this are looked up in a table, where the rotary type allows one.
     """
 
-    def __init__(self, body: Any, layers: list[_Layer]) -> None:
+    def __init__(self, body: Any, layers: list[_Layer], *, positions: int = 0) -> None:
         self.embedding: Tensor = body.embed_tokens.weight
         self.rotary, self.norm, self.layers = body.rotary_emb, _read_norm(body.norm), layers
         half = layers[0].head_dim // 2
         self.signs = torch.ones(2 * half, dtype=self.embedding.dtype, device=self.embedding.device)
         self.signs[:half] = -1.0
+        self.table: tuple[Tensor, Tensor] | None = None
+        if positions and getattr(self.rotary, "rope_type", None) in STATIC_ROTARY:
+            self.table = self._rotate(torch.arange(positions, device=self.embedding.device)[:, None])
+
+    @property
+    def wants_keys_across(self) -> bool:
+        """How the cache should store keys: see `InPlaceLayer.start_decoding`."""
+        layer = self.layers[0]
+        dtype = layer.qkv.projection.maps[0].weight.dtype
+        return layer.query_heads == layer.key_heads and wants_keys_across(self.embedding.device, dtype)
 
     def __call__(self, tokens: Tensor, positions: Tensor, *, cache: InPlaceCache, mask: Tensor | None) -> Tensor:
         """Feed one token per row and write its keys and values into the cache.
@@ -151,9 +164,10 @@ class FusedStep:
             Hidden states [n, H] for the head.
         """
         hidden = nn.functional.embedding(tokens, self.embedding)
-        # The model's own module each step, not a table: dynamic rotary types depend on the batch's greatest position.
-        cosines, sines = self.rotary(hidden[:, None], position_ids=positions)  # [n, 1, D]
-        sines = sines * self.signs
+        if self.table is None:
+            cosines, sines = self._rotate(positions)
+        else:
+            cosines, sines = (angles.index_select(0, positions.squeeze(1)) for angles in self.table)
         for index, layer in enumerate(self.layers):
             heads = _project_heads(layer, hidden, cosines, sines)
             keys_values = heads[:, layer.query_heads :].unflatten(1, (2, layer.key_heads))
@@ -163,6 +177,11 @@ class FusedStep:
             gate, up = layer.gate_up(hidden).chunk(2, dim=-1)
             hidden = layer.down.add_to(hidden, layer.activation(gate).mul_(up))
         return self.norm(hidden)
+
+    def _rotate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [n, 1, D] of positions [n, 1], by the model's own module."""
+        cosines, sines = self.rotary(self.embedding, position_ids=positions)
+        return cosines, sines * self.signs
 
 
 def _project_heads(layer: _Layer, hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -211,14 +230,14 @@ def _attend(
         return attended.reshape(rows, -1)
     # Queries of one key head side by side; faster than scaled_dot_product_attention for one token on a CPU.
     queries = queries.reshape(rows * layer.key_heads, -1, layer.head_dim) * layer.scaling
-    scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2))
+    scores = match_keys(queries, keys)
     if mask is not None:
         scores.view(rows, layer.key_heads, -1, scores.shape[-1]).add_(mask)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weigh_values(weights.to(values.dtype), values).view(rows, -1)
 
 
-def read_fused_step(body: Any, *, dtype: torch.dtype | None = None) -> FusedStep | None:
+def read_fused_step(body: Any, *, dtype: torch.dtype | None = None, positions: int = 0) -> FusedStep | None:
     """A `FusedStep` with the weights `body` has now, or None where its structure is another.
 
     Structure alone proves nothing (Gemma's norms add one to their weights): ask
@@ -228,10 +247,11 @@ def read_fused_step(body: Any, *, dtype: torch.dtype | None = None) -> FusedStep
         body: The body of a causal language model.
         dtype: Precision of products and attention, as under autocast; norms and residuals keep the weights'. None
             computes everything in the weights' precision.
+        positions: See `FusedStep`.
     """
     if not has_fusible_structure(body, adapters=True):
         return None
-    return FusedStep(body, [_read_layer(layer, dtype) for layer in body.layers])
+    return FusedStep(body, [_read_layer(layer, dtype) for layer in body.layers], positions=positions)
 
 
 def read_head(head: LogitsHead, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from rlhf.errors import TrainingError
 from rlhf.lm.cache import InPlaceCache, padding_bias
 from rlhf.lm.decoding import DEVICE_CHECK_STEPS, UNIFORM_STEPS, Decoder, DecodingPlan
+from rlhf.lm.fused_decoding import STATIC_ROTARY
 from rlhf.lm.fusible_structure import is_plain_linear
 from rlhf.lm.sampling import choose_tokens
 
@@ -31,8 +32,6 @@ COLUMN_BLOCK = 256
 """Columns by which attention's reach grows from one recording to the next."""
 WORTHWHILE_STEPS = 16
 """A recording costs a few steps' time: with fewer steps ahead there is none."""
-_BATCH_DEPENDENT_ROTARY = {"dynamic", "longrope"}
-"""Rotary types that look at the greatest position of the batch, for which the device must be asked."""
 
 
 def can_be_recorded(plan: DecodingPlan) -> bool:
@@ -40,7 +39,7 @@ def can_be_recorded(plan: DecodingPlan) -> bool:
     body, head = plan.parts.body, plan.parts.head
     if not plan.can_fuse or not is_plain_linear(head.module):
         return False
-    return getattr(body.rotary_emb, "rope_type", "default") not in _BATCH_DEPENDENT_ROTARY
+    return getattr(body.rotary_emb, "rope_type", "default") in STATIC_ROTARY  # others ask the device
 
 
 class GraphedDecoder(Decoder):

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
+from rlhf.lm.decode_products import match_keys
+
 IMPLEMENTATION = "shared_prompt"
 
 
@@ -102,7 +104,7 @@ def attend(
     prompt_scores = prompt_scores.view(prompts, heads, -1, prompt_length)  # [N, H, S * R, P]
     if prompt_bias is not None:
         prompt_scores += prompt_bias
-    own_scores = torch.bmm(query.flatten(0, 1), own_keys.flatten(0, 1).transpose(1, 2))  # [n * H, R, t]
+    own_scores = match_keys(query.flatten(0, 1), own_keys)  # [n * H, R, t]
     scores = torch.cat([groups.to_rows(prompt_scores).flatten(0, 1), own_scores], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
     weights = weights.to(query.dtype)

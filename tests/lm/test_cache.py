@@ -22,17 +22,20 @@ def repeated(tensor, times):
 @pytest.fixture
 def narrow_storage(monkeypatch):
     monkeypatch.setattr(cache_module, "INITIAL_COLUMNS", 2)
+    monkeypatch.setattr(cache_module, "ACROSS_COLUMNS", 4)
 
 
+@pytest.mark.parametrize("keys_across", [False, True])
 @pytest.mark.parametrize("in_one_write", [False, True])
 @pytest.mark.usefixtures("narrow_storage")  # so that storage has to grow
-def test_contents_are_those_of_a_dynamic_cache_through_growth_and_row_removal(in_one_write):
+def test_contents_are_those_of_a_dynamic_cache_through_growth_and_row_removal(in_one_write, keys_across):
     ours, theirs = InPlaceCache(2, capacity=4 + 9), DynamicCache()
     for layer in range(2):
         prompt = states(3, 4, seed=layer)
         ours.update(*prompt, layer)
         theirs.update(*prompt, layer)
-    ours.start_decoding(2, share=False, prompt_mask=torch.ones(3, 4, dtype=torch.bool))
+    everything = torch.ones(3, 4, dtype=torch.bool)
+    ours.start_decoding(2, share=False, prompt_mask=everything, keys_across=keys_across)
     theirs.batch_repeat_interleave(2)
     rows = torch.arange(6)
     for step in range(9):

@@ -1,9 +1,9 @@
-"""Weighted sums of cached values against the product written out."""
+"""Products with cached keys and values against sums written out."""
 
 import pytest
 import torch
 
-from rlhf.lm.weighted_values import weigh_values
+from rlhf.lm.decode_products import match_keys, weigh_values
 
 
 def views(rows, heads, columns, capacity):
@@ -38,3 +38,18 @@ def test_other_layouts_precisions_and_several_queries_take_the_product():
     torch.testing.assert_close(weigh_values(weights.double(), values.double()), expected.double())
     several = weigh_values(weights.expand(-1, 3, -1), values)
     torch.testing.assert_close(several, expected.expand(-1, 3, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize(("columns", "queries_per_head"), [(1, 1), (5, 1), (9, 1), (5, 3)])
+def test_scores_equal_the_sum_written_out(across, columns, queries_per_head):
+    generator = torch.Generator().manual_seed(0)
+    storage = torch.full((5, 2, 8, 9), torch.nan) if across else torch.full((5, 2, 9, 8), torch.nan)
+    storage = storage.transpose(2, 3) if across else storage
+    keys = storage[:3, :, :columns]
+    keys.copy_(torch.randn(3, 2, columns, 8, generator=generator))  # what is yet to be written stays NaN
+    queries = torch.randn(6, queries_per_head, 8, generator=generator)
+    expected = torch.einsum("nhrd,nhtd->nhrt", queries.view(3, 2, -1, 8).double(), keys.double())
+    got = match_keys(queries, keys)
+    torch.testing.assert_close(got.double(), expected.flatten(0, 1), atol=1e-6, rtol=1e-6)
