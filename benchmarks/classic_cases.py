@@ -197,7 +197,7 @@ def stable_baselines(
     environments = make(environment.id, environment.num_envs, seed)
     if environment.normalize_observations:
         environments = VecNormalize(environments, gamma=config.algorithm.advantages.discount)
-    kind, settings = (_sb3_on_policy if case.recipe == "on_policy" else _sb3_off_policy)(config)
+    kind, settings = (_sb3_on_policy if case.recipe == "on_policy" else sb3_off_policy)(config)
     model = kind("MlpPolicy", environments, seed=seed, device="cpu", **settings)
     model.learn(total_timesteps=total_steps)
     seconds = [clock() - start for clock, start in zip(CLOCKS, started, strict=True)]
@@ -236,7 +236,8 @@ def _schedule(rate: float, kind: str) -> Any:
     return (lambda left: left * rate) if kind == "linear" else rate
 
 
-def _sb3_off_policy(config: Any) -> tuple[Any, dict[str, Any]]:
+def sb3_off_policy(config: Any) -> tuple[Any, dict[str, Any]]:
+    """Their class and its settings for a config of ours."""
     agent, schedule = config.agent, config.schedule
     settings: dict[str, Any] = {
         "buffer_size": agent.replay.capacity,
