@@ -168,6 +168,22 @@ def test_closed_form_gradients_are_autograds(kind, huber, weighted):
     assert torch.allclose(found.gradient, outputs.grad, atol=1e-12)
 
 
+@pytest.mark.parametrize("huber", [1.0, None])
+def test_quantile_sums_keep_float32s_precision_far_from_zero(huber):
+    """Returns of some hundreds and quantiles closer than kappa: differences of sums of squares must not show."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = 400 + torch.randn(4, 2, 50, generator=generator, dtype=torch.float64)
+    target = 400 + torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    target[:, :5] = outputs[:, 0, :5]  # u = 0
+    outputs, target = outputs.float().double().requires_grad_(), target.float().double()
+    actions = torch.tensor([0, 0, 1, 0])
+    losses = plain("quantile", huber)(outputs, actions, target)
+    losses.mean().backward()
+    found = quantile_loss(outputs.float(), actions, target.float(), huber=huber)
+    torch.testing.assert_close(found.losses.double(), losses.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.gradient.double(), outputs.grad, rtol=1e-5, atol=1e-8)
+
+
 def test_the_categorical_error_is_the_divergence():
     """KL(m || p) is 0 where prediction and target agree, though their cross-entropy is not."""
     target = torch.tensor([[0.2, 0.3, 0.5]])
