@@ -61,7 +61,7 @@ def test_modules_and_the_working_directory(file, monkeypatch, tmp_path):
         ("{file}:number", None, "is no function; got 'int'"),
         ("{file}:length", {"scall": 2}, "cannot be made: .*scall"),
         ("{file}:Constant", {"vallue": 2}, "cannot be made: .*vallue"),
-        ("nowhere/none.py:length", None, "none.py: no such reward file"),
+        ("nowhere/none.py:length", None, "none.py: no such file of a reward function"),
         ("no_such_module:length", None, "cannot import the module: ModuleNotFoundError"),
     ],
 )
