@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +20,7 @@ def import_named(spec: str, *, kind: str, remedy: str, error: type[UserError] = 
     """Import what a config names.
 
     Args:
-        spec: `module:name` (the working directory is searched too), or `file.py:name`.
+        spec: `module:name` (the working directory is searched too), or `file.py:name`, which may import its neighbours.
         kind: What it should be, for the messages, such as "reward function".
         remedy: What to do about a name of another form.
         error: Raised for every way to miss.
@@ -41,23 +43,30 @@ def import_named(spec: str, *, kind: str, remedy: str, error: type[UserError] = 
     return found
 
 
-def _import_module(name: str, error: type[UserError]) -> ModuleType:
-    # A console script does not have the working directory on its path, but that is where a user's module lies.
-    here = str(Path.cwd())
-    added = here not in sys.path and "" not in sys.path
+@contextmanager
+def _searched(folder: Path) -> Iterator[None]:
+    """Look for modules in a folder too, as `python` does in a script's; a console script has no such folder."""
+    place = str(folder.resolve())
+    added = place not in sys.path and not (place == str(Path.cwd()) and "" in sys.path)
     if added:
-        sys.path.insert(0, here)
+        sys.path.insert(0, place)
     try:
-        return importlib.import_module(name)
+        yield
+    finally:
+        if added:
+            sys.path.remove(place)
+
+
+def _import_module(name: str, error: type[UserError]) -> ModuleType:
+    try:
+        with _searched(Path.cwd()):
+            return importlib.import_module(name)
     except Exception as cause:
         raise error(
             f"cannot import the module: {type(cause).__name__}: {cause}",
             where=name,
             remedy="Give an importable module, or a file as path/to/file.py:name.",
         ) from cause
-    finally:
-        if added:
-            sys.path.remove(here)
 
 
 def _import_file(path: Path, kind: str, error: type[UserError]) -> ModuleType:
@@ -72,7 +81,8 @@ def _import_file(path: Path, kind: str, error: type[UserError]) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # pickling and dataclasses look a module up by its name
     try:
-        specification.loader.exec_module(module)
+        with _searched(path.parent):
+            specification.loader.exec_module(module)
     except Exception as cause:
         del sys.modules[name]
         raise error(f"cannot import the file: {type(cause).__name__}: {cause}", where=str(path)) from cause

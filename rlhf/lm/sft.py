@@ -340,7 +340,7 @@ class _Evaluation:
             self.best = BestModel(
                 lambda: save_sft(trainer, run.directory / "model_best"),
                 metric=(run.config.best_metric or "loss").removeprefix("evaluation/"),
-                highest=run.config.best_metric is not None and run.config.best_is == "highest",
+                highest=run.config.best_metric is not None and not run.config.lowest_is_best,
                 patience=patience,
             )
             run.track(best_model=self.best)

@@ -328,7 +328,7 @@ class Run:
             )
         best = self._store.best_record()
         gain = 0.0 if best is None else evaluation[metric] - best["value"]
-        better = best is None or (gain > 0 if self.config.best_is == "highest" else gain < 0)
+        better = best is None or (gain < 0 if self.config.lowest_is_best else gain > 0)
         return gather_objects(self.accelerator, better)[0]
 
     def _seconds(self) -> float:

@@ -24,8 +24,8 @@ class RunConfig(Config):
     """How many of the latest checkpoints stay; the best one stays besides."""
     best_metric: str | None = None
     """An evaluation's metric, such as return_mean, whose best checkpoint is kept; null keeps none for its merit."""
-    best_is: Literal["highest", "lowest"] = "highest"
-    """Which value of best_metric is the best."""
+    best_is: Literal["highest", "lowest"] | None = None
+    """Which value of best_metric is the best; null is the lowest of a loss or perplexity, the highest of others."""
     resume: bool = False
     """Go on from the latest checkpoint in the directory, exactly as if the run had not stopped."""
     overwrite: bool = False
@@ -36,6 +36,13 @@ class RunConfig(Config):
     """Iterations between console lines and tracker entries; metrics.jsonl has all of them."""
     progress_bar: bool = True
     """Show a bar with the remaining time where the output is a terminal."""
+
+    @property
+    def lowest_is_best(self) -> bool:
+        """Whether less of best_metric is better."""
+        if self.best_is is not None:
+            return self.best_is == "lowest"
+        return (self.best_metric or "").endswith(("loss", "perplexity"))
 
     @model_validator(mode="after")
     def _refuse_both(self) -> Self:

@@ -76,6 +76,14 @@ def test_a_file_that_fails_to_import(tmp_path):
         load_reward(f"{tmp_path / 'bad.py'}:length")
 
 
+def test_a_file_may_import_its_neighbour(tmp_path):
+    (tmp_path / "neighbour_of_a_reward.py").write_text("SCORE = 4.0\n")
+    text = "from neighbour_of_a_reward import SCORE\n\ndef score(completions, **columns):\n    return [SCORE]\n"
+    (tmp_path / "file.py").write_text(text)
+    assert load_reward(f"{tmp_path / 'file.py'}:score")(completions=["ab"]) == [4]
+    assert str(tmp_path) not in sys.path
+
+
 def test_the_package_is_light():
     code = (
         "import sys, rlhf.rewards, rlhf.rewards.math_worker;"

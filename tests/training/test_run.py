@@ -173,6 +173,20 @@ def test_evaluating_does_not_change_the_run(tmp_path):
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("metric", "settings", "lowest"),
+    [
+        ("loss", {}, True),
+        ("evaluation/perplexity", {}, True),
+        ("return_mean", {}, False),
+        ("loss", {"best_is": "highest"}, False),
+        ("return_mean", {"best_is": "lowest"}, True),
+    ],
+)
+def test_less_of_a_loss_is_better_and_more_of_the_rest(metric, settings, lowest):
+    assert RunConfig(best_metric=metric, **settings).lowest_is_best is lowest
+
+
 @pytest.mark.parametrize(("best_is", "iteration"), [("highest", 3), ("lowest", 5)])
 def test_the_best_checkpoint_stays_and_can_be_restored(tmp_path, best_is, iteration):
     scores = {0: 1.0, 1: 0.5, 2: 0.6, 3: 0.9, 4: 0.2, 5: 0.1, 6: 0.4}  # 0 is before learning, without a checkpoint
