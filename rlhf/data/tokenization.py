@@ -249,6 +249,13 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _no_end_token(tokenizer: PreTrainedTokenizerBase) -> ModelError:
+    if tokenizer.eos_token is not None:
+        return ModelError(
+            "the chat template does not close the assistant's turn with an end token, so an answer could never end",
+            where=tokenizer.name_or_path or None,
+            got=str(tokenizer.chat_template)[-120:],
+            remedy=f"Let the template print {tokenizer.eos_token!r} after the assistant's words.",
+        )
     return ModelError(
         "the tokenizer has no end token, so a completion could never end",
         where=tokenizer.name_or_path or None,
