@@ -31,6 +31,7 @@ from rlhf.lm.sft_rows import IGNORED_LABEL, tokenize_demonstrations, warn_of_unl
 from rlhf.training.distributed import gather_objects, preserved_random_state
 from rlhf.training.linear import use_fast_linear
 from rlhf.training.run import Run
+from rlhf.training.run_config import lowest_is_best
 
 __all__ = [
     "IGNORED_LABEL",
@@ -340,7 +341,7 @@ class _Evaluation:
             self.best = BestModel(
                 lambda: save_sft(trainer, run.directory / "model_best"),
                 metric=(run.config.best_metric or "loss").removeprefix("evaluation/"),
-                highest=run.config.best_metric is not None and not run.config.lowest_is_best,
+                highest=run.config.best_metric is not None and not lowest_is_best(run.config),
                 patience=patience,
             )
             run.track(best_model=self.best)

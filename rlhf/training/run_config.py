@@ -37,15 +37,19 @@ class RunConfig(Config):
     progress_bar: bool = True
     """Show a bar with the remaining time where the output is a terminal."""
 
-    @property
-    def lowest_is_best(self) -> bool:
-        """Whether less of best_metric is better."""
-        if self.best_is is not None:
-            return self.best_is == "lowest"
-        return (self.best_metric or "").endswith(("loss", "perplexity"))
-
     @model_validator(mode="after")
     def _refuse_both(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("resume goes on with what overwrite would delete; choose one")
         return self
+
+
+def lowest_is_best(run: RunConfig) -> bool:
+    """Whether less of `best_metric` is better.
+
+    >>> lowest_is_best(RunConfig(best_metric="loss")), lowest_is_best(RunConfig(best_metric="return_mean"))
+    (True, False)
+    """
+    if run.best_is is not None:
+        return run.best_is == "lowest"
+    return (run.best_metric or "").endswith(("loss", "perplexity"))

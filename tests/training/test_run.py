@@ -18,6 +18,7 @@ from rlhf.core.presets import ALGORITHMS
 from rlhf.core.types import Rollout
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.training import Learner, Run, RunConfig, UpdateConfig, optimize_policy
+from rlhf.training.run_config import lowest_is_best
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,7 +185,7 @@ def test_evaluating_does_not_change_the_run(tmp_path):
     ],
 )
 def test_less_of_a_loss_is_better_and_more_of_the_rest(metric, settings, lowest):
-    assert RunConfig(best_metric=metric, **settings).lowest_is_best is lowest
+    assert lowest_is_best(RunConfig(best_metric=metric, **settings)) is lowest
 
 
 @pytest.mark.parametrize(("best_is", "iteration"), [("highest", 3), ("lowest", 5)])
