@@ -44,9 +44,16 @@ class EvaluateConfig(Config):
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
-    def _refuse_two_sources(self) -> Self:
+    def _refuse_what_would_not_be_read(self) -> Self:
         if self.prompts is not None and self.data is not None:
             raise ValueError("give prompts (its held-out part is answered) or data (all of it), not both")
+        answers = self.prompts is not None or self.data is not None
+        if not answers and self.texts is None:
+            raise ValueError("there is nothing to evaluate; give data (prompts to answer), texts (for the perplexity)")
+        if not answers and (self.rewards or self.against is not None):
+            raise ValueError("rewards and against judge answers, and no prompt is answered; give data or prompts")
+        if self.against is not None and not self.rewards:
+            raise ValueError("against needs rewards: a win is a higher reward")
         return self
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Self
+
+from pydantic import model_validator
 
 from rlhf.cli import launch
 from rlhf.config import Config
@@ -12,7 +15,14 @@ from rlhf.lm.generator_config import GeneratorConfig, TransformersGeneratorConfi
 from rlhf.lm.loading import ModelConfig, load_causal_lm
 from rlhf.lm.sampling import SamplingConfig
 from rlhf.lm.sft import SftConfig, make_sft_trainer, optimize_sft, save_sft
-from rlhf.lm.sources import RewardConfig, SourceConfig, load_demonstration_sets, load_prompt_sets, make_reward
+from rlhf.lm.sources import (
+    RewardConfig,
+    SourceConfig,
+    load_demonstration_sets,
+    load_prompt_sets,
+    make_reward,
+    refuse_judge_of_a_task,
+)
 from rlhf.training.distributed import seed_everything
 from rlhf.training.run import Run
 from rlhf.training.run_config import RunConfig
@@ -31,6 +41,13 @@ class SftRunConfig(Config):
     """What writes the answers that `reward` judges: the model itself, or vLLM."""
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _refuse_judge_of_other_records(self) -> Self:
+        if self.reward is not None:
+            remedy = "set reward to null, or to a function that judges yours"
+            refuse_judge_of_a_task(self.demonstrations, [self.reward], remedy=remedy)
+        return self
 
 
 def main(config: SftRunConfig) -> dict[str, float]:

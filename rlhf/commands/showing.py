@@ -25,7 +25,8 @@ def show_batch(config: Config, *, rows: int = 4, colour: bool = True) -> Iterato
     Only the tokenizer and the data are loaded.
 
     Args:
-        config: A recipe's, with `demonstrations` (supervised fine-tuning) or `prompts` (reinforcement learning).
+        config: A recipe's, with `demonstrations` (supervised fine-tuning), `prompts` (reinforcement learning), or
+            `prompts` or `data` (evaluation).
         rows: How many rows are printed at most.
         colour: Mark learned tokens by colour; else by « and ».
 
@@ -35,12 +36,12 @@ def show_batch(config: Config, *, rows: int = 4, colour: bool = True) -> Iterato
     named: Any = config
     if hasattr(config, "demonstrations"):
         return _show_demonstrations(named, rows=rows, colour=colour)
-    if hasattr(config, "prompts") and hasattr(config, "model"):
+    if hasattr(config, "model") and (getattr(config, "prompts", None) or getattr(config, "data", None)):
         return _show_prompts(named, rows=rows, colour=colour)
     raise UserError(
         "the recipe has no batches of text to show",
         got=type(config).__name__,
-        expected="a config with `demonstrations` (sft) or `prompts` (grpo, ppo_rlhf)",
+        expected="a config with `demonstrations` (sft), `prompts` (grpo, ppo_rlhf) or `data` (evaluate)",
     )
 
 
@@ -71,14 +72,22 @@ def _show_demonstrations(config: Any, *, rows: int, colour: bool) -> Iterator[st
 
 
 def _show_prompts(config: Any, *, rows: int, colour: bool) -> Iterator[str]:
+    from rlhf.data.loading import load_prompts
     from rlhf.data.tokenization import encode_prompts
     from rlhf.lm.actors import pick_tokenizer
+    from rlhf.lm.loading import load_tokenizer
     from rlhf.lm.sft_preview import ShownRow
     from rlhf.lm.sources import load_prompt_sets
 
-    tokenizer = pick_tokenizer(config.model, config.prompts)
-    prompts, held_out = load_prompt_sets(config.prompts)
-    encoded = encode_prompts(tokenizer, prompts, max_length=config.collector.max_prompt_length)
+    trains = hasattr(config, "collector")  # `evaluate` answers the held-out prompts, or all of `data`
+    if config.prompts is not None:
+        tokenizer = pick_tokenizer(config.model, config.prompts)
+        train, held_out = load_prompt_sets(config.prompts)
+        prompts, others = (train, f", {len(held_out)} held out") if trains else (held_out, "")
+    else:
+        tokenizer, prompts, others = load_tokenizer(config.model), load_prompts(config.data), ""
+    limit = config.collector.max_prompt_length if trains else None
+    encoded = encode_prompts(tokenizer, prompts, max_length=limit)
     for number, (prompt, ids) in enumerate(zip(prompts[:rows], encoded, strict=False), start=1):
         yield f"--- prompt {number}: {len(ids)} tokens; the completion begins after the last one"
         yield mark_tokens(tokenizer, ShownRow(ids, [False] * len(ids), [0]), colour=colour)
@@ -86,10 +95,7 @@ def _show_prompts(config: Any, *, rows: int, colour: bool) -> Iterator[str]:
             text = repr(value)
             yield f"  {name}: {text if len(text) <= 200 else text[:200] + '...'}"
     lengths = sorted(len(ids) for ids in encoded)
-    yield (
-        f"--- {len(prompts)} prompts, {len(held_out)} held out; tokens: median {lengths[len(lengths) // 2]}, "
-        f"longest {lengths[-1]}"
-    )
+    yield (f"--- {len(prompts)} prompts{others}; tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
 
 
 def _legend(colour: bool) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from rlhf.errors import ModelError
+from rlhf.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,9 +25,29 @@ class Anchor(NamedTuple):
     """What the ids decode to."""
 
 
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **settings: Any) -> list[int]:
+    """The tokenizer's own ids of a text.
+
+    Raises:
+        DataError: The vocabulary lacks a part of the text, and the tokenizer has no token for what is unknown.
+    """
+    try:
+        return list(tokenizer(text, verbose=False, **settings)["input_ids"])
+    except Exception as error:  # the tokenizers library raises a bare Exception for a missing unknown token
+        if "[UNK]" not in str(error):
+            raise
+        lacking = "".join(sorted(set(text) - set(tokenizer.get_vocab())))
+        raise DataError(
+            f"the tokenizer has no token for {lacking!r}, and none for what is unknown",
+            where=tokenizer.name_or_path or None,
+            got=text,
+            remedy="Take a tokenizer that knows these characters, or another text.",
+        ) from error
+
+
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str, **settings: Any) -> list[int]:
     """Tokenize a text without adding special tokens."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False, **settings)["input_ids"])
+    return tokenize(tokenizer, text, add_special_tokens=False, **settings)
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, **settings: Any) -> list[int]:
@@ -88,7 +108,7 @@ def _try_plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """As `plain_ids`, but nothing for a letter that the vocabulary does not have and cannot replace."""
     try:
         return plain_ids(tokenizer, text)
-    except Exception:  # the tokenizers library raises a bare Exception for a missing unknown token
+    except DataError:
         return []
 
 

@@ -106,6 +106,8 @@ def _read(data: DataConfig, build: Callable[[Values, str], list[Record]]) -> lis
         except DataError as problem:
             problems.append((row.where, problem))
     if not number_of_rows:
+        if data.offset == 0:
+            raise DataError("there is no row", where=data.path, expected="one or more")
         raise DataError("no row is left after `offset`", where=data.path, got=data.offset, remedy="Lower `offset`.")
     if problems and (data.bad_rows == "refuse" or not records):
         raise _one_error(problems, number_of_rows, data)
@@ -198,10 +200,14 @@ def split_holdout(
         ConfigError: Not exactly one of `fraction` and `count`, or one that leaves a side empty.
     """
     if (fraction is None) == (count is None):
-        raise ConfigError("give either `fraction` or `count`", where="holdout", got=(fraction, count))
+        raise ConfigError("give either `fraction` or `count`", where="held_out", got=(fraction, count))
     wanted = count if count is not None else round((fraction or 0.0) * len(records))
     if not 0 < wanted < len(records):
-        raise ConfigError(f"holding out {wanted} of {len(records)} records leaves one side empty", where="holdout")
+        raise ConfigError(
+            f"holding out {wanted} of {len(records)} records leaves one side empty",
+            where="held_out",
+            remedy="Hold out another number, or give held-out records of their own (held_out_data).",
+        )
     groups: dict[str, list[int]] = {}
     for index, record in enumerate(records):
         groups.setdefault(repr(record.prompt), []).append(index)
@@ -212,6 +218,6 @@ def split_holdout(
         if len(held_out) + len(group) <= wanted:
             held_out.update(group)
     if not held_out:
-        raise ConfigError(f"each of the {len(groups)} prompts has more than {wanted} records", where="holdout")
+        raise ConfigError(f"each of the {len(groups)} prompts has more than {wanted} records", where="held_out")
     train = [record for index, record in enumerate(records) if index not in held_out]
     return train, [records[index] for index in sorted(held_out)]

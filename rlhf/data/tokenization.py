@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from rlhf.data.chat_templates import render, render_prompt, turn_end_id
-from rlhf.data.continuation import continuation_ids, continuation_text, plain_ids
+from rlhf.data.continuation import continuation_ids, continuation_text, plain_ids, tokenize
 from rlhf.data.records import Message, Prompt, Text, is_chat
 from rlhf.errors import DataError, ModelError
 
@@ -90,7 +90,7 @@ def encode_prompts(
 
 
 def _encode_string_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = tokenize(tokenizer, text)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if begin is not None and ids[:2] == [begin, begin]:
         ids = ids[1:]
@@ -249,6 +249,13 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _no_end_token(tokenizer: PreTrainedTokenizerBase) -> ModelError:
+    if tokenizer.eos_token is not None:
+        return ModelError(
+            "the chat template does not close the assistant's turn with an end token, so an answer could never end",
+            where=tokenizer.name_or_path or None,
+            got=str(tokenizer.chat_template)[-120:],
+            remedy=f"Let the template print {tokenizer.eos_token!r} after the assistant's words.",
+        )
     return ModelError(
         "the tokenizer has no end token, so a completion could never end",
         where=tokenizer.name_or_path or None,

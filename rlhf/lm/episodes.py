@@ -6,10 +6,8 @@ environment's as the chat template prints them; neither is ever read back from t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +17,9 @@ from rlhf.data.collation import left_pad
 from rlhf.data.records import Message
 from rlhf.data.tokenization import decode_completion, encode_prompt
 from rlhf.data.turns import following_ids
-from rlhf.errors import RewardError
 from rlhf.lm.generation import Generator
 from rlhf.lm.sampling import SamplingConfig
-from rlhf.lm.text_environments import TextEnvironment
+from rlhf.lm.text_environments import TextEnvironment, first_messages, take_step
 
 
 @dataclass
@@ -72,8 +69,9 @@ def begin_episode(
     Raises:
         DataError: The template refuses the conversation.
         ModelError: The tokenizer has no chat template.
+        RewardError: The environment broke its protocol.
     """
-    messages = list(environment.reset(seed=seed))
+    messages = first_messages(environment, seed=seed)
     return Episode(environment, messages, encode_prompt(tokenizer, messages, where="text environment"), group)
 
 
@@ -139,7 +137,7 @@ def _take_turn(
 ) -> None:
     """Append one turn of the policy and, if the episode goes on, what the environment answers."""
     said = decode_completion(tokenizer, tokens)
-    messages, reward, terminated, truncated = _step(episode.environment, said)
+    messages, reward, terminated, truncated = take_step(episode.environment, said)
     episode.turns += 1
     episode.cut_turns += not ended
     episode.messages += [{"role": "assistant", "content": said}, *messages]
@@ -159,25 +157,3 @@ def _take_turn(
     episode.own += [False] * len(answer)
     episode.rewards += [0.0] * len(answer)
     episode.log_probs += [0.0] * len(answer)
-
-
-def _step(environment: TextEnvironment, said: str) -> tuple[list[Message], float, bool, bool]:
-    """One step, refused where it breaks the protocol: it would show as a strange loss much later."""
-    where = f"{type(environment).__name__}.step"
-    answer: Any = environment.step(said)
-    if not isinstance(answer, tuple) or len(answer) != 4:
-        raise RewardError(
-            "a step must return four things",
-            where=where,
-            got=answer,
-            expected="messages, reward, terminated, truncated",
-        )
-    messages, reward, terminated, truncated = answer
-    if not isinstance(reward, int | float) or not math.isfinite(reward):
-        raise RewardError("the reward is no finite number", where=where, got=reward)
-    if not messages and not terminated:
-        raise RewardError(
-            "the episode goes on, but the environment says nothing", where=where, expected="at least one message"
-        )
-    # An episode that terminated in the very turn of a time limit has nothing to bootstrap from.
-    return list(messages), float(reward), bool(terminated), bool(truncated) and not terminated

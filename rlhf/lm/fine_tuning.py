@@ -5,10 +5,10 @@ The two recipes differ in their defaults only; which algorithm runs is a row of 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.config import Config
 from rlhf.core.algorithm import AlgorithmConfig
@@ -24,7 +24,14 @@ from rlhf.lm.generator_config import GeneratorConfig, TransformersGeneratorConfi
 from rlhf.lm.loading import ModelConfig, resolve_precision
 from rlhf.lm.ptx import ImitationLoss, PtxConfig, make_imitation
 from rlhf.lm.sft import SftConfig
-from rlhf.lm.sources import RewardConfig, SourceConfig, load_demonstration_sets, load_prompt_sets, make_reward
+from rlhf.lm.sources import (
+    RewardConfig,
+    SourceConfig,
+    load_demonstration_sets,
+    load_prompt_sets,
+    make_reward,
+    refuse_judge_of_a_task,
+)
 from rlhf.lm.watch import Watch, WatchConfig
 from rlhf.training.distributed import make_accelerator
 from rlhf.training.learner import Learner
@@ -67,6 +74,15 @@ class FineTuningConfig(Config):
     """bf16 runs forwards in bfloat16, the trained weights stay as they are; auto does where the GPU has it; null takes
     the launcher's word."""
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _refuse_judge_of_other_records(self) -> Self:
+        rewards = self.reward if isinstance(self.reward, list) else [self.reward]
+        remedy = "set reward.function to one that judges yours"
+        refuse_judge_of_a_task(self.prompts, rewards, remedy=remedy)
+        if self.gold is not None:
+            refuse_judge_of_a_task(self.prompts, [self.gold], remedy="set gold to null, or to a judge of yours")
+        return self
 
 
 def fine_tune(config: FineTuningConfig, *, recipe: str) -> dict[str, float]:

@@ -361,6 +361,9 @@ def _require_existing_folder(path: str, kind: str) -> None:
         raise ModelError(
             f"no such {kind} folder", where=path, expected="a folder saved by save_pretrained, or a hub id"
         )
+    models = sorted(str(file.parent) for file in Path(path).glob("*/config.json"))
+    if models and not (Path(path) / "config.json").is_file() and not (Path(path) / "tokenizer_config.json").is_file():
+        raise ModelError(f"no {kind} lies in this folder itself", where=path, expected=" or ".join(models))
 
 
 def _first_line(error: BaseException) -> str:

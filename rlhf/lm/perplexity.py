@@ -55,7 +55,11 @@ def perplexity(
             prompts.append(ids)
             completions.append(rest)
     if not prompts:
-        raise DataError("there is no token to predict in the held-out texts", got=f"{len(demonstrations)} texts")
+        raise DataError(
+            "there is no token to predict in the held-out texts",
+            got=f"{len(demonstrations)} texts",
+            remedy="" if max_length is None else f"Raise the limit of {max_length} tokens of a text.",
+        )
     losses, counts = _losses(model, prompts, completions, tokens_per_batch=tokens_per_batch)
     total = counts.sum()
     loss = losses.sum() / total

@@ -31,6 +31,7 @@ from rlhf.lm.sft_rows import IGNORED_LABEL, tokenize_demonstrations, warn_of_unl
 from rlhf.training.distributed import gather_objects, preserved_random_state
 from rlhf.training.linear import use_fast_linear
 from rlhf.training.run import Run
+from rlhf.training.run_config import lowest_is_best
 
 __all__ = [
     "IGNORED_LABEL",
@@ -148,7 +149,17 @@ def optimize_sft(
     except BaseException:
         run.stopped()
         raise
-    return run.finish(**{"train/loss": outcome.training_loss, "dropped": trainer.dropped})
+    best = _tell_best(run, evaluation)
+    return run.finish(**{"train/loss": outcome.training_loss, "dropped": trainer.dropped}, **best)
+
+
+def _tell_best(run: Run, evaluation: _Evaluation) -> dict[str, float]:
+    """Say where the best model lies, which the last one need not be; its numbers for summary.json."""
+    best = evaluation.best
+    if best is None or best.best is None:
+        return {}
+    run.say(f"the best model, {best.metric} {best.best:.4g} at step {best.step}, is in {run.directory / 'model_best'}")
+    return {f"best/{best.metric}": best.best, "best/step": best.step}
 
 
 def evaluate_sft(trainer: Any) -> dict[str, float]:
@@ -325,23 +336,24 @@ class _Evaluation:
         self._trainer, self._judge = trainer, judge
         self._step, self._metrics = -1, dict[str, float]()
         self.ends_because: str | None = None
-        self._best: BestModel | None = None
+        self.best: BestModel | None = None
         if run.config.best_metric is not None or patience is not None:
-            self._best = BestModel(
+            self.best = BestModel(
                 lambda: save_sft(trainer, run.directory / "model_best"),
                 metric=(run.config.best_metric or "loss").removeprefix("evaluation/"),
-                highest=run.config.best_metric is not None and run.config.best_is == "highest",
+                highest=run.config.best_metric is not None and not lowest_is_best(run.config),
                 patience=patience,
             )
-            run.track(best_model=self._best)
+            run.track(best_model=self.best)
 
     def __call__(self) -> dict[str, float]:
         step = self._trainer.state.global_step
         if step != self._step:
             self._step = step
             self._metrics = evaluate_sft(self._trainer) | (self._judge() if self._judge is not None else {})
-            if self._best is not None and step > 0:
-                self.ends_because = self._best.look(gather_objects(self._trainer.accelerator, self._metrics)[0])
+            if self.best is not None and step > 0:
+                everywhere = gather_objects(self._trainer.accelerator, self._metrics)
+                self.ends_because = self.best.look(everywhere[0], step=step)
         return self._metrics
 
 

@@ -19,24 +19,25 @@ class BestModel:
 
     >>> saved = []
     >>> best = BestModel(lambda: saved.append("model"), metric="loss", highest=False, patience=2)
-    >>> [best.look({"loss": loss}) for loss in (3.0, 2.0, 2.5)]
+    >>> [best.look({"loss": loss}, step=step) for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5))]
     [None, None, None]
-    >>> best.look({"loss": 2.0})
+    >>> best.look({"loss": 2.0}, step=40)
     'loss was not better than 2 in 2 evaluations in a row'
-    >>> len(saved)
-    2
+    >>> len(saved), best.best, best.step
+    (2, 2.0, 20)
     """
 
     replicated = True
     """The same on all processes: a checkpoint keeps it once."""
 
     def __init__(self, save: Callable[[], None], *, metric: str, highest: bool, patience: int | None) -> None:
-        self._save, self._metric, self._sign = save, metric, 1.0 if highest else -1.0
+        self._save, self.metric, self._sign = save, metric, 1.0 if highest else -1.0
         self._patience = patience
-        self._best: float | None = None
+        self.best: float | None = None
+        self.step = 0
         self._waited = 0
 
-    def look(self, evaluation: Mapping[str, float]) -> str | None:
+    def look(self, evaluation: Mapping[str, float], *, step: int) -> str | None:
         """Take note of an evaluation; every process calls it with the same numbers.
 
         Returns:
@@ -45,27 +46,27 @@ class BestModel:
         Raises:
             ConfigError: The evaluation has no such metric.
         """
-        if self._metric not in evaluation:
+        if self.metric not in evaluation:
             raise ConfigError(
                 "the evaluation has no such metric",
                 where="run.best_metric",
-                got=self._metric,
+                got=self.metric,
                 expected=", ".join(sorted(evaluation)),
             )
-        value = evaluation[self._metric]
-        if self._best is None or self._sign * (value - self._best) > 0:
-            self._best, self._waited = value, 0
+        value = evaluation[self.metric]
+        if self.best is None or self._sign * (value - self.best) > 0:
+            self.best, self.step, self._waited = value, step, 0
             self._save()
             return None
         self._waited += 1
         if self._patience is None or self._waited < self._patience:
             return None
-        return f"{self._metric} was not better than {self._best:.6g} in {self._waited} evaluations in a row"
+        return f"{self.metric} was not better than {self.best:.6g} in {self._waited} evaluations in a row"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {"best": self._best, "waited": self._waited}
+        return {"best": self.best, "step": self.step, "waited": self._waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self._best, self._waited = state["best"], state["waited"]
+        self.best, self.step, self._waited = state["best"], state["step"], state["waited"]

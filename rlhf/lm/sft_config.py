@@ -46,7 +46,7 @@ class SftConfig(Config):
     patience: int | None = Field(None, ge=1)
     """End the run after so many evaluations in a row that were not better than the best one; null never does.
     Evaluations come every `run.evaluate_every` steps, and `run.best_metric` says what counts (the held-out loss where
-    it is null)."""
+    it is null). The best model is kept in `<run directory>/model_best`, the last one in `model`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Mixed precision; auto is bfloat16 on a GPU that has it, else float32."""
     gradient_checkpointing: bool = False

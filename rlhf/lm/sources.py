@@ -17,6 +17,9 @@ from rlhf.rewards.combination import CombinedReward, RewardPart
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.protocol import RewardFunction
 
+TASK_JUDGES = "rlhf.lm.tasks:"
+"""Where the scorers of the procedural tasks lie."""
+
 Record = TypeVar("Record", Prompt, Demonstration)
 
 
@@ -101,6 +104,19 @@ class RewardConfig(Config):
     """Gates multiply the sum of the rewards, penalties are added outside it."""
     name: str | None = None
     """For the metrics; None takes the function's own."""
+
+
+def refuse_judge_of_a_task(source: SourceConfig, rewards: Sequence[RewardConfig], *, remedy: str) -> None:
+    """Refuse a procedural task's own judge for records from elsewhere, to which it gives 0 whatever the answer.
+
+    A config that ships with such a judge keeps it when only the data are replaced.
+
+    Raises:
+        ValueError: For a config's validator, with the remedy.
+    """
+    judges = [reward.function for reward in rewards if reward.function.startswith(TASK_JUDGES)]
+    if judges and source.task is None:
+        raise ValueError(f"{judges[0]} judges answers of a procedural task only, the records are others; {remedy}")
 
 
 def make_reward(config: RewardConfig | Sequence[RewardConfig]) -> RewardFunction:

@@ -6,18 +6,19 @@ ship: `rlhf.lm.guessing:GuessingGame`, and `classic_rl.frozen_lake_words:FrozenL
 
 from __future__ import annotations
 
-import importlib
-import sys
+import math
+import numbers
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import Field
 
 from rlhf.config import Config
 from rlhf.data.records import Demonstration, Message
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, RewardError, UserError
+from rlhf.importing import import_named
 from rlhf.lm.prompt_stream import mix_seed
+from rlhf.rewards.protocol import place_of
 
 TextStep = tuple[list[Message], float, bool, bool]
 """What `step` returns: messages, reward, terminated, truncated."""
@@ -54,7 +55,7 @@ class EnvironmentConfig(Config):
     """One environment by name."""
 
     function: str
-    """`module:Class`, or a function that makes one; the working directory is searched too."""
+    """`file.py:Class` or `module:Class` (the working directory is searched too), or a function that makes one."""
     arguments: dict[str, Any] = {}
     """Given to it."""
     demonstrations: int = Field(512, ge=1)
@@ -65,26 +66,14 @@ def make_factory(config: EnvironmentConfig) -> EnvironmentFactory:
     """A function that makes environments, each an object of its own.
 
     Raises:
-        ConfigError: No such module or name, arguments that do not fit, or something that is no environment.
+        ConfigError: No such file, module or name, arguments that do not fit, or something that is no environment.
     """
-    module, _, name = config.function.partition(":")
-    # A console script does not have the working directory on its path, but that is where a user's module lies.
-    here = str(Path.cwd())
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        maker = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"the environment cannot be imported: {error}",
-            where="environment.function",
-            got=config.function,
-            expected="module:Class, such as rlhf.lm.guessing:GuessingGame",
-        ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
+    maker = import_named(
+        config.function,
+        kind="text environment",
+        remedy="Those that ship: rlhf.lm.guessing:GuessingGame, classic_rl.frozen_lake_words:FrozenLakeInWords.",
+        error=ConfigError,
+    )
 
     def make() -> TextEnvironment:
         try:
@@ -103,6 +92,66 @@ def make_factory(config: EnvironmentConfig) -> EnvironmentFactory:
     return make
 
 
+def first_messages(environment: TextEnvironment, *, seed: int) -> list[Message]:
+    """Reset an environment.
+
+    Raises:
+        RewardError: It failed, or returned something other than messages.
+    """
+    return _read_messages(_call(environment.reset, seed=seed), f"{type(environment).__name__}.reset")
+
+
+def take_step(environment: TextEnvironment, said: str) -> TextStep:
+    """One step, refused where it breaks the protocol: it would show as a strange loss much later.
+
+    Raises:
+        RewardError: The environment failed, or returned something other than `TextEnvironment.step` tells.
+    """
+    where = f"{type(environment).__name__}.step"
+    answer = _call(environment.step, said)
+    if not isinstance(answer, tuple) or len(answer) != 4:
+        raise RewardError(
+            "a step must return four things",
+            where=where,
+            got=answer,
+            expected="messages, reward, terminated, truncated",
+        )
+    messages, reward, terminated, truncated = answer
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        raise RewardError("the reward is no finite number", where=where, got=reward)
+    if not messages and not terminated:
+        raise RewardError(
+            "the episode goes on, but the environment says nothing", where=where, expected="at least one message"
+        )
+    # An episode that terminated in the very turn of a time limit has nothing to bootstrap from.
+    return _read_messages(messages, where), float(reward), bool(terminated), bool(truncated) and not terminated
+
+
+def _call(method: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """What a method of a user's environment returns; what it raises, told with file and line."""
+    try:
+        return method(*arguments, **settings)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"the environment raised {type(error).__name__}: {error}",
+            where=place_of(error, method.__qualname__),
+            remedy="Mend the environment; `--traceback` shows where it was called.",
+        ) from error
+
+
+def _read_messages(said: Any, where: str) -> list[Message]:
+    expected = 'a list of messages, such as [{"role": "user", "content": "your turn"}]'
+    if not isinstance(said, list | tuple):
+        raise RewardError("the environment says no messages", where=where, got=said, expected=expected)
+    for message in said:
+        known = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not known or not isinstance(message.get("content"), str):
+            raise RewardError("not a message", where=where, got=message, expected=expected)
+    return list(said)
+
+
 def play_demonstrations(factory: EnvironmentFactory, *, episodes: int, seed: int) -> list[Demonstration]:
     """Let an environment show how it is played: one demonstration per turn, with all that was said before.
 
@@ -113,6 +162,7 @@ def play_demonstrations(factory: EnvironmentFactory, *, episodes: int, seed: int
 
     Raises:
         ConfigError: The environment does not demonstrate.
+        RewardError: It failed or broke its protocol.
     """
     environment: Any = factory()
     if not callable(getattr(environment, "demonstrate", None)):
@@ -124,13 +174,13 @@ def play_demonstrations(factory: EnvironmentFactory, *, episodes: int, seed: int
         )
     records: list[Demonstration] = []
     for episode in range(episodes):
-        messages: list[Message] = list(environment.reset(seed=mix_seed("demonstration", seed, episode)))
+        messages = first_messages(environment, seed=mix_seed("demonstration", seed, episode))
         over = False
         while not over:
-            said = environment.demonstrate()
+            said = _call(environment.demonstrate)
             turn: Message = {"role": "assistant", "content": said}
             records.append(Demonstration(prompt=list(messages), completion=[turn]))
-            answer, _, terminated, truncated = environment.step(said)
+            answer, _, terminated, truncated = take_step(environment, said)
             messages += [turn, *answer]
             over = terminated or truncated
     return records

@@ -166,7 +166,7 @@ class HttpReward:
         return RewardError(
             f"the reward service failed: {reason} ({attempts} of {self.retries + 1} attempts)",
             where=self.url,
-            got=said,
+            **({} if said is None else {"got": said}),
             remedy="Look at the service; `timeout`, `retries` and `batch_size` say how patiently it is asked.",
         )
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from hashlib import sha256
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rlhf.errors import RewardError
+from rlhf.importing import import_named
 
 
 def load_reward(spec: str, *, arguments: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -37,66 +31,13 @@ def load_reward(spec: str, *, arguments: Mapping[str, Any] | None = None) -> Cal
         >>> reward(completions=["Paris"], answer=["paris"])
         [1.0]
     """
-    place, separator, attribute = spec.rpartition(":")
-    if not separator or not place or not attribute:
-        raise RewardError(
-            "not the name of a reward function",
-            got=spec,
-            expected="module:function or path/to/file.py:function",
-            remedy="The rewards that ship are in rlhf.rewards, for instance rlhf.rewards:gsm8k_strict.",
-        )
-    module = _import_file(Path(place).expanduser()) if place.endswith(".py") else _import_module(place)
-    reward = module
-    for part in attribute.split("."):
-        reward = _attribute(reward, part, place)
+    reward = import_named(
+        spec,
+        kind="reward function",
+        remedy="The rewards that ship are in rlhf.rewards, for instance rlhf.rewards:gsm8k_strict.",
+        error=RewardError,
+    )
     return _bind(reward, dict(arguments or {}), spec)
-
-
-def _import_module(name: str) -> ModuleType:
-    # A console script does not have the working directory on its path, but that is where a user's module lies.
-    here = str(Path.cwd())
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise RewardError(
-            f"cannot import the module: {type(error).__name__}: {error}",
-            where=name,
-            remedy="Give an importable module, or a file as path/to/file.py:function.",
-        ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise RewardError(
-            "no such reward file", where=str(path), remedy="The path is relative to the working directory."
-        )
-    name = f"rlhf_reward_file_{sha256(str(path.resolve()).encode()).hexdigest()[:12]}_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # pickling and dataclasses look a module up by its name
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise RewardError(f"cannot import the file: {type(error).__name__}: {error}", where=str(path)) from error
-    return module
-
-
-def _attribute(owner: Any, name: str, place: str) -> Any:
-    if hasattr(owner, name):
-        return getattr(owner, name)
-    known = [known for known in dir(owner) if not known.startswith("_") and callable(getattr(owner, known))]
-    nearest = get_close_matches(name, known, n=1)
-    remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"There are: {', '.join(known) or 'none'}."
-    raise RewardError(f"there is no {name!r}", where=place, remedy=remedy)
 
 
 def _bind(reward: Any, arguments: dict[str, Any], spec: str) -> Callable[..., Any]:

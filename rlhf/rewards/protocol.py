@@ -180,7 +180,7 @@ def _call(reward: Callable[..., Any], arguments: dict[str, Any], name: str) -> A
     except Exception as error:
         raise RewardError(
             f"the reward function raised {type(error).__name__}: {error}",
-            where=_place_of(error, name),
+            where=place_of(error, name),
             remedy="Mend the function; scores are never made up for it.",
         ) from error
 
@@ -198,8 +198,8 @@ def _await(awaitable: Any) -> Any:
         return pool.submit(asyncio.run, wait()).result()
 
 
-def _place_of(error: BaseException, name: str) -> str:
-    """The function's name with the file and line where it raised."""
+def place_of(error: BaseException, name: str) -> str:
+    """A function's name with the file and line where it raised."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next

@@ -48,7 +48,7 @@ from rlhf.training.metrics import (
     jsonable,
     require_trackers,
 )
-from rlhf.training.run_config import RunConfig
+from rlhf.training.run_config import RunConfig, lowest_is_best
 from rlhf.training.run_directory import prepare_directory
 from rlhf.training.stopping import StopRequest
 
@@ -330,7 +330,7 @@ class Run:
             )
         best = self._store.best_record()
         gain = 0.0 if best is None else evaluation[metric] - best["value"]
-        better = best is None or (gain > 0 if self.config.best_is == "highest" else gain < 0)
+        better = best is None or (gain < 0 if lowest_is_best(self.config) else gain > 0)
         return gather_objects(self.accelerator, better)[0]
 
     def _seconds(self) -> float:

@@ -24,8 +24,8 @@ class RunConfig(Config):
     """How many of the latest checkpoints stay; the best one stays besides."""
     best_metric: str | None = None
     """An evaluation's metric, such as return_mean, whose best checkpoint is kept; null keeps none for its merit."""
-    best_is: Literal["highest", "lowest"] = "highest"
-    """Which value of best_metric is the best."""
+    best_is: Literal["highest", "lowest"] | None = None
+    """Which value of best_metric is the best; null is the lowest of a loss or perplexity, the highest of others."""
     resume: bool = False
     """Go on from the latest checkpoint in the directory, exactly as if the run had not stopped."""
     overwrite: bool = False
@@ -42,3 +42,14 @@ class RunConfig(Config):
         if self.resume and self.overwrite:
             raise ValueError("resume goes on with what overwrite would delete; choose one")
         return self
+
+
+def lowest_is_best(run: RunConfig) -> bool:
+    """Whether less of `best_metric` is better.
+
+    >>> lowest_is_best(RunConfig(best_metric="loss")), lowest_is_best(RunConfig(best_metric="return_mean"))
+    (True, False)
+    """
+    if run.best_is is not None:
+        return run.best_is == "lowest"
+    return (run.best_metric or "").endswith(("loss", "perplexity"))

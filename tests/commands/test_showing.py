@@ -70,6 +70,18 @@ def test_prompts_are_shown_with_the_columns_that_the_reward_gets(tmp_path):
     assert "2 prompts, 1 held out" in text
 
 
+def test_evaluation_shows_the_prompts_that_it_answers(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "ab>"}\n{"prompt": "c>"}\n{"prompt": "cc>"}\n')
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    model = {"path": str(tmp_path), "tokenizer": str(tmp_path / "tokenizer")}
+    assert "--- 3 prompts; tokens:" in shown("evaluate", model=model, data={"path": str(file)})
+    split = shown("evaluate", model=model, prompts={"data": {"path": str(file)}, "held_out": 1})
+    assert "--- 1 prompts; tokens:" in split
+
+
 def test_a_recipe_without_texts_is_refused():
     with pytest.raises(UserError, match="no batches of text"):
         show_batch(Config())
+    with pytest.raises(UserError, match="no batches of text"):
+        shown("evaluate", texts={"path": "x.jsonl"})

@@ -339,6 +339,7 @@ def test_a_source_of_bad_rows_only_is_refused_even_when_dropping(tmp_path):
         ("a.json", '{"rows": 3}', {"records_at": "rows"}, "rows: is no list of rows"),
         ("a.json", '{"rows": 3}', {"records_at": "data"}, "nothing stands at 'data'"),
         ("a.csv", "", {}, "the file is empty"),
+        ("a.csv", "prompt,completion\n", {}, "there is no row; expected one or more"),
         ("a.csv", "prompt,prompt\na,b\n", {}, "line 1: two columns have the same name"),
         ("a.csv", "prompt,x\na,b\na\n", {}, "line 3: wrong number of cells; got 1; expected 2"),
         ("a.csv", "prompt,x\n\na,b\n", {}, "line 2: the line is empty"),
@@ -401,5 +402,5 @@ def test_split_holdout_keeps_a_prompt_on_one_side():
     "settings", [{}, {"fraction": 0.5, "count": 1}, {"fraction": 0.0}, {"count": 4}, {"count": -1}]
 )
 def test_split_holdout_refuses(settings):
-    with pytest.raises(ConfigError, match="holdout"):
+    with pytest.raises(ConfigError, match="held_out"):
         split_holdout([Prompt(str(number)) for number in range(4)], **settings)

@@ -20,6 +20,7 @@ from rlhf.data.tokenization import (
     require_special_tokens,
 )
 from rlhf.errors import DataError, ModelError
+from rlhf.lm.loading import character_tokenizer
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -247,7 +248,7 @@ def test_special_tokens_are_required():
 def test_chat_needs_a_template():
     with pytest.raises(ModelError, match=r"no chat template.*turn the messages into strings"):
         encode_prompt(small(template=None), CHAT_A)
-    with pytest.raises(ModelError, match="no end token"):
+    with pytest.raises(ModelError, match=r"the chat template does not close .* print '<end>'"):
         encode_completion(small(template="{% for m in messages %}{{ m.content }}{% endfor %}"), CHAT_A, "b")
 
 
@@ -264,6 +265,14 @@ def test_a_conversation_that_the_template_refuses():
     tokenizer = small(template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match="refuses this conversation: roles must alternate"):
         encode_prompt(tokenizer, CHAT_A, where="a.jsonl, line 2")
+
+
+def test_characters_that_the_tokenizer_cannot_spell_are_named():
+    tokenizer = character_tokenizer("abc>")
+    with pytest.raises(DataError, match="no token for '1é', and none for what is unknown; got 'aé1>'"):
+        encode_prompt(tokenizer, "aé1>")
+    with pytest.raises(DataError, match="no token for '1'"):
+        encode_completion(tokenizer, "a>", "1")
 
 
 def test_too_long_prompts_are_named_and_never_cut():

@@ -293,7 +293,9 @@ def test_the_run_ends_when_evaluation_gets_no_better_and_the_best_model_is_kept(
     optimize_sft(trainer, run, judge=lambda: {"merit": merits[trainer.state.global_step]}, patience=2)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["iteration"] == 8
-    assert "not better than 3" in json.loads((tmp_path / "summary.json").read_text())["ended_because"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "not better than 3" in summary["ended_because"]
+    assert (summary["metrics"]["best/merit"], summary["metrics"]["best/step"]) == (3, 4)
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "model_best").state_dict()
     trainer, run = start_run(tmp_path / "again", training=config(max_steps=20, batch_size=3), checkpoint_every=4)
     trainer.add_callback(_StopAt(4))

@@ -1,5 +1,6 @@
 """Multi-turn episodes: tokens as drawn, the environment's masked, values and advantages carried across them."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -267,10 +268,55 @@ def test_a_broken_environment_is_refused():
         def step(self, completion):
             return [], float("nan"), True, False
 
-    with pytest.raises(RewardError, match="says nothing"):
-        make_collector(Silent, generator=Scripted([A, END])).collect()
-    with pytest.raises(RewardError, match="no finite number"):
-        make_collector(Poisoned, generator=Scripted([A, END])).collect()
+    class Crashing(Talk):
+        def step(self, completion):
+            return {}[completion]
+
+    class Mute(Talk):
+        def step(self, completion):
+            return "b", 0.0, False, False
+
+    class Nameless(Talk):
+        def reset(self, *, seed=None):
+            return [{"text": "c"}]
+
+    class Gymnasium(Talk):
+        def reset(self, *, seed=None):
+            return super().reset(seed=seed), {}
+
+    class Seedless(Talk):
+        def reset(self):
+            return super().reset()
+
+    for environment, told in (
+        (Silent, "says nothing"),
+        (Poisoned, "no finite number"),
+        (Crashing, r"Crashing.step \(.*test_text_environments.py, line \d+\): the environment raised KeyError: 'a'"),
+        (Mute, "Mute.step: the environment says no messages; got 'b'"),
+        (Nameless, "Nameless.reset: not a message"),
+        (Gymnasium, "Gymnasium.reset: not a message"),
+        (Seedless, "unexpected keyword argument 'seed'"),
+    ):
+        with pytest.raises(RewardError, match=told):
+            make_collector(environment, generator=Scripted([A, END])).collect()
+
+
+def test_a_reward_may_be_numpys():
+    class Numbers(Talk):
+        def step(self, completion):
+            messages, reward, terminated, truncated = super().step(completion)
+            return messages, np.float32(reward), np.bool_(terminated), np.bool_(truncated)
+
+    # Two turns that are worth 1 and 2.
+    assert make_collector(Numbers, generator=Scripted([A, END])).collect().rewards.sum().item() == 3.0
+
+
+def test_environments_are_found_in_a_file(tmp_path):
+    file = tmp_path / "my_game.py"
+    file.write_text("from rlhf.lm.guessing import GuessingGame\n\n\nclass Game(GuessingGame):\n    mine = True\n")
+    factory = make_factory(EnvironmentConfig(function=f"{file}:Game", arguments={"highest": 3}))
+    assert factory().mine
+    assert factory().highest == 3
 
 
 def test_environments_are_found_by_name():
@@ -278,7 +324,9 @@ def test_environments_are_found_by_name():
     assert factory().highest == 3
     assert factory() is not factory()
     for function, match in (
-        ("rlhf.lm.guessing:Missing", "cannot be imported"),
+        ("rlhf.lm.guessing:Missing", "there is no 'Missing'"),
+        ("rlhf.lm.guessing", "not the name of a text environment"),
+        ("nowhere.py:Game", "nowhere.py: no such file"),
         ("rlhf.lm.prompt_stream:PromptStream", "cannot be made"),
     ):
         with pytest.raises(ConfigError, match=match):

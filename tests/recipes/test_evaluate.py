@@ -106,6 +106,28 @@ def test_two_sources_of_prompts_are_refused(folder):
         validate(module.CONFIG, {"model": {"path": "x"}, "prompts": {"task": TASK}, "data": {"path": "x.jsonl"}})
 
 
+def test_what_would_evaluate_nothing_is_refused():
+    module = import_recipe(find_recipe("evaluate"))
+    texts, rewards = {"texts": {"path": "x.jsonl"}}, {"rewards": {"a": {"function": f"{__file__}:starts_with_a"}}}
+    against = {"against": {"path": "y"}}
+    for settings, told in (
+        ({}, "nothing to evaluate"),
+        (texts | rewards, "no prompt is answered"),
+        (texts | against, "no prompt is answered"),
+        ({"data": {"path": "x.jsonl"}} | against, "against needs rewards"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            validate(module.CONFIG, {"model": {"path": "x"}, **settings})
+
+
+def test_a_run_directory_in_place_of_a_model_names_the_models_in_it(folder, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder("my_run/model", 0)
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "my_run"), "--config", config])
+    assert result.exit_code == 2
+    assert f"expected {tmp_path / 'my_run' / 'model'}" in " ".join(result.output.split())
+
+
 def test_the_best_checkpoint_is_kept_by_the_held_out_score(tmp_path):
     """The score rises; with the lowest one as the best, the best checkpoint is an early one and stays."""
     module = import_recipe(find_recipe("grpo"))

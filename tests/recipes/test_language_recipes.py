@@ -149,6 +149,16 @@ def test_a_reward_that_fails_is_named(tmp_path):
         run("grpo", settings(tmp_path / "run", reward={"function": f"{file}:reward"}))
 
 
+def test_the_judge_of_a_procedural_task_is_refused_for_other_records(tmp_path):
+    """`rlhf run sft demonstrations.data.path=...` keeps the judge of the default config, which gives 0 to them all."""
+    data, judge = {"data": {"path": "mine.jsonl"}}, {"function": "rlhf.lm.tasks:sorted_letters"}
+    with pytest.raises(ConfigError, match="set reward to null"):
+        run("sft", {"model": {"config": MODEL}, "demonstrations": data, "reward": judge})
+    for given in ({"reward": judge}, {"reward": [judge, judge]}, {"gold": judge}):
+        with pytest.raises(ConfigError, match="sorted_letters judges answers of a procedural task only"):
+            run("grpo", settings(tmp_path, prompts=data) | {"reward": {"function": "mine.py:reward"}} | given)
+
+
 def test_sft_recipe_learns_and_judges(tmp_path):
     values = {
         "model": {"config": MODEL},

@@ -145,7 +145,7 @@ def test_timeout(server):
 
 def test_nobody_listens(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(RewardError, match=r"127\.0\.0\.1:9/.*no connection.*2 of 2 attempts"):
+    with pytest.raises(RewardError, match=r"127\.0\.0\.1:9/.*no connection.*2 of 2 attempts\)\. Look at"):
         ask(HttpReward("http://127.0.0.1:9/", retries=1, backoff=0))
 
 

@@ -61,7 +61,7 @@ def test_modules_and_the_working_directory(file, monkeypatch, tmp_path):
         ("{file}:number", None, "is no function; got 'int'"),
         ("{file}:length", {"scall": 2}, "cannot be made: .*scall"),
         ("{file}:Constant", {"vallue": 2}, "cannot be made: .*vallue"),
-        ("nowhere/none.py:length", None, "none.py: no such reward file"),
+        ("nowhere/none.py:length", None, "none.py: no such file of a reward function"),
         ("no_such_module:length", None, "cannot import the module: ModuleNotFoundError"),
     ],
 )
@@ -74,6 +74,14 @@ def test_a_file_that_fails_to_import(tmp_path):
     (tmp_path / "bad.py").write_text("def length(:\n")
     with pytest.raises(RewardError, match=r"bad\.py: cannot import the file: SyntaxError"):
         load_reward(f"{tmp_path / 'bad.py'}:length")
+
+
+def test_a_file_may_import_its_neighbour(tmp_path):
+    (tmp_path / "neighbour_of_a_reward.py").write_text("SCORE = 4.0\n")
+    text = "from neighbour_of_a_reward import SCORE\n\ndef score(completions, **columns):\n    return [SCORE]\n"
+    (tmp_path / "file.py").write_text(text)
+    assert load_reward(f"{tmp_path / 'file.py'}:score")(completions=["ab"]) == [4]
+    assert str(tmp_path) not in sys.path
 
 
 def test_the_package_is_light():

@@ -18,6 +18,7 @@ from rlhf.core.presets import ALGORITHMS
 from rlhf.core.types import Rollout
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.training import Learner, Run, RunConfig, UpdateConfig, optimize_policy
+from rlhf.training.run_config import lowest_is_best
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -171,6 +172,20 @@ def test_evaluating_does_not_change_the_run(tmp_path):
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "settings", "lowest"),
+    [
+        ("loss", {}, True),
+        ("evaluation/perplexity", {}, True),
+        ("return_mean", {}, False),
+        ("loss", {"best_is": "highest"}, False),
+        ("return_mean", {"best_is": "lowest"}, True),
+    ],
+)
+def test_less_of_a_loss_is_better_and_more_of_the_rest(metric, settings, lowest):
+    assert lowest_is_best(RunConfig(best_metric=metric, **settings)) is lowest
 
 
 @pytest.mark.parametrize(("best_is", "iteration"), [("highest", 3), ("lowest", 5)])
