@@ -6,7 +6,8 @@ Ours runs inside TRL's trainer with tokenization and settings of its own, so wha
 save. Both sides start from the same folder, in float32 on the CPU, and learn from the same prompts and completions in
 the order of the same seed; a round trains each once, from tokenized rows to the last step, and the order of the sides
 changes every round. Preparing the trainer (tokenization included) is timed apart. The losses of both are printed:
-equal losses mean equal work. Writes benchmarks/results/sft.md and sft.json.
+equal losses mean equal work. Peak memory is that of a process for each side that makes two steps with a vocabulary of
+151,665, Qwen's size, under a narrow body. Writes benchmarks/results/sft.md and sft.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -27,6 +30,8 @@ RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE, MAX_LENGTH, LEARNING_RATE = 16, 128, 1e-4
 SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 VOCABULARY = 2048
+WIDE_SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDE_VOCABULARY = 151_665
 
 
 class Outcome(NamedTuple):
@@ -42,13 +47,16 @@ class Outcome(NamedTuple):
     """Mean over the steps."""
 
 
-def make_model(folder: Path) -> None:
-    """Write a random Llama and a tokenizer of one token per character."""
+def make_model(folder: Path, *, wide: bool = False) -> None:
+    """Write a random Llama and a tokenizer of one token per character; `make_texts` uses the first of them."""
     from rlhf.lm.loading import ModelConfig, character_tokenizer, load_causal_lm
 
-    tokenizer = character_tokenizer("".join(chr(0x4E00 + index) for index in range(VOCABULARY - 3)))
+    rest = range(0x20000, 0x20000 + WIDE_VOCABULARY - VOCABULARY) if wide else range(0)
+    letters = [*range(0x4E00, 0x4E00 + VOCABULARY - 3), *rest]
+    tokenizer = character_tokenizer("".join(map(chr, letters)))
     torch.manual_seed(0)
-    settings = {"model_type": "llama", **SHAPE, "max_position_embeddings": MAX_LENGTH}
+    shape = WIDE_SHAPE if wide else SHAPE
+    settings = {"model_type": "llama", **shape, "max_position_embeddings": MAX_LENGTH}
     load_causal_lm(ModelConfig(config=settings), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -132,7 +140,26 @@ def run_once(side: str, folder: Path, texts: list[tuple[str, str]], steps: int) 
     return Outcome(prepared - started, time.perf_counter() - prepared, time.process_time() - processor, loss)
 
 
-def write_results(outcomes: dict[str, list[Outcome]], options: argparse.Namespace) -> None:
+def measure_memory(threads: int) -> dict[str, float]:
+    """Peak resident GiB of a process for each side."""
+    peaks = {}
+    for side in SIDES:
+        command = [sys.executable, __file__, "--alone", side, "--threads", str(threads)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks[side] = float(output.strip().splitlines()[-1])
+    return peaks
+
+
+def run_alone(side: str) -> None:
+    """Make two steps with the wide vocabulary and print the peak memory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        make_model(Path(scratch), wide=True)
+        run_once(side, Path(scratch), make_texts(2 * BATCH_SIZE), 2)
+    # Not getrusage: its maximum is inherited from the parent through fork.
+    print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
+
+
+def write_results(outcomes: dict[str, list[Outcome]], peaks: dict[str, float], options: argparse.Namespace) -> None:
     """Write the table and the numbers behind it."""
     import transformers
     import trl as trl_library
@@ -156,11 +183,17 @@ def write_results(outcomes: dict[str, list[Outcome]], options: argparse.Namespac
             f"| {median(row.preparation for row in rows):.3f} | {rows[0].loss:.4f} |"
         )
     lines += ["", f"TRL's / ours, median of the rounds: training **{ratio:.2f}**, processor {processor_ratio:.2f}."]
+    lines += [
+        "",
+        f"Peak memory of two steps, vocabulary {WIDE_VOCABULARY:,}: ours {peaks['ours']:.2f} GiB, TRL "
+        f"{peaks['trl']:.2f} GiB ({peaks['ours'] / peaks['trl']:.2f}).",
+    ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "sft.md").write_text("\n".join(lines) + "\n")
     rounds = {side: [row._asdict() for row in rows] for side, rows in outcomes.items()}
     (RESULTS / "sft.json").write_text(
-        json.dumps({"ratio": ratio, "processor_ratio": processor_ratio, "rounds": rounds}, indent=2) + "\n"
+        json.dumps({"ratio": ratio, "processor_ratio": processor_ratio, "peak_gib": peaks, "rounds": rounds}, indent=2)
+        + "\n"
     )
     print("\n".join(lines))
 
@@ -171,10 +204,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--alone", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if options.alone:
+        return run_alone(options.alone)
     texts = make_texts(BATCH_SIZE * options.steps)
     outcomes: dict[str, list[Outcome]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
@@ -185,7 +221,8 @@ def main() -> None:
                 print(f"round {turn}", side, outcome, flush=True)
                 if turn > 0:
                     outcomes[side].append(outcome)
-    write_results(outcomes, options)
+    write_results(outcomes, measure_memory(options.threads), options)
+    return None
 
 
 if __name__ == "__main__":

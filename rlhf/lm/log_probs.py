@@ -52,10 +52,27 @@ def selected_log_probs(
     Returns:
         Log-probs [N] and entropies [N] in nats, float32 (float64 for float64 hidden states). Both are differentiable.
     """
+    return _apply(hidden, head, targets, temperature=temperature, chunk_tokens=chunk_tokens, best=False)[:2]
+
+
+def labelled_log_probs(hidden: Tensor, head: LogitsHead, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `selected_log_probs`, and [N] bool: whether the label is the most likely token."""
+    return _apply(hidden, head, labels, temperature=1.0, chunk_tokens=None, best=True)
+
+
+def _apply(
+    hidden: Tensor,
+    head: nn.Module | LogitsHead,
+    targets: Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int | None,
+    best: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(head, LogitsHead):
         head = LogitsHead(head)
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _SelectedLogProbs.apply(hidden, targets, head, float(temperature), chunk_tokens, *parameters)  # type: ignore[return-value]
+    return _SelectedLogProbs.apply(hidden, targets, head, float(temperature), chunk_tokens, best, *parameters)  # type: ignore[return-value]
 
 
 class _SelectedLogProbs(torch.autograd.Function):
@@ -69,28 +86,34 @@ class _SelectedLogProbs(torch.autograd.Function):
         head: LogitsHead,
         temperature: float,
         chunk_tokens: int | None,
+        best: bool,
         *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         if chunk_tokens is None:
             chunk_tokens = default_chunk_tokens(_vocabulary_size(head, hidden), hidden.device)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = torch.empty(targets.shape, dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(log_probs)
+        is_best = torch.empty_like(targets, dtype=torch.bool) if best else None
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             log_p = _log_softmax(head(hidden[chunk]), temperature)
             log_probs[chunk] = log_p.gather(1, targets[chunk, None]).squeeze(1)
+            if is_best is not None:
+                is_best[chunk] = log_probs[chunk] == log_p.amax(dim=1)
             entropy[chunk] = -(log_p.exp() * log_p).sum(dim=1)
         ctx.save_for_backward(hidden, targets, entropy, *parameters)
         ctx.head, ctx.temperature, ctx.chunk_tokens = head, temperature, chunk_tokens
         device_type = hidden.device.type
         ctx.autocast = (device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
-        return log_probs, entropy
+        if is_best is not None:
+            ctx.mark_non_differentiable(is_best)
+        return log_probs, entropy, is_best
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_prob_gradient, entropy_gradient = gradients
+        log_prob_gradient, entropy_gradient, _ = gradients
         hidden, targets, entropy, *parameters = ctx.saved_tensors
         totals: list[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
         hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -114,7 +137,7 @@ class _SelectedLogProbs(torch.autograd.Function):
                 hidden_gradient[chunk] = pieces.pop(0)
             for total, part in zip(totals, pieces, strict=True):
                 total += part
-        return hidden_gradient, None, None, None, None, *totals
+        return hidden_gradient, None, None, None, None, None, *totals
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

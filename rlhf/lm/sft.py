@@ -28,6 +28,7 @@ from rlhf.errors import ConfigError, TrainingError
 from rlhf.lm.sft_best import BestModel
 from rlhf.lm.sft_config import SftConfig
 from rlhf.lm.sft_rows import IGNORED_LABEL, tokenize_demonstrations, warn_of_unlearned_ends
+from rlhf.lm.supervised_loss import score_labels_on_cpu
 from rlhf.training.distributed import gather_objects, preserved_random_state
 from rlhf.training.linear import use_fast_linear
 from rlhf.training.run import Run
@@ -235,6 +236,7 @@ def make_sft_trainer(
         eval_dataset=Dataset.from_list(held_out_rows) if held_out_rows else None,
         callbacks=[_RefuseNonFinite()],
     )
+    score_labels_on_cpu(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.dropped = dropped
     batches = math.ceil(len(trainer.train_dataset) / (settings.per_device_train_batch_size * settings.world_size))

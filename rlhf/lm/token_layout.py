@@ -85,7 +85,7 @@ def lay_out(ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> TokenLayout
     different, prompt_of_row = torch.unique(prompts, dim=0, return_inverse=True)
     own = columns < lengths[:, None]
     if len(different) == count:
-        return _rows_alone(ids, own)
+        return rows_alone(ids, lengths)
     everyone = torch.arange(count, device=ids.device)
     first_row = everyone.new_full((len(different),), count).scatter_reduce(0, prompt_of_row, everyone, "amin")
     in_different = columns[:longest] < prompt_lengths[first_row][:, None]  # [N, P]
@@ -111,9 +111,10 @@ def lay_out(ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> TokenLayout
     )
 
 
-def _rows_alone(ids: Tensor, own: Tensor) -> TokenLayout:
-    """The layout where no prompt is shared: row after row, without padding."""
+def rows_alone(ids: Tensor, lengths: Tensor) -> TokenLayout:
+    """The layout where no prompt is shared: row after row, without padding; arguments as of `lay_out`."""
     count, width = ids.shape
+    own = torch.arange(width, device=ids.device) < lengths[:, None]
     places = own.flatten().nonzero().squeeze(1)
     token_of_place = places.new_zeros(count * width)
     token_of_place[places] = torch.arange(len(places), device=ids.device)
