@@ -186,7 +186,7 @@ def prepare_start(
     tokenizer = pick_tokenizer(model, source)
     if sft is None:
         return model, tokenizer
-    if not (folder / "config.json").is_file():
+    if not run.finds_model(folder):
         demonstrations, held_out = load_demonstration_sets(source)
         untrained = load_causal_lm(model.model_copy(update={"lora": None}), tokenizer)
         seed = run.config.seed

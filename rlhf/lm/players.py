@@ -66,7 +66,7 @@ def prepare_player(
     folder: Path = run.directory / "sft"
     if sft is None:
         return model, tokenizer
-    if not (folder / "config.json").is_file():
+    if not run.finds_model(folder):
         seed = run.config.seed
         shown = play_demonstrations(factory, episodes=environment.demonstrations, seed=seed)
         untrained = load_causal_lm(model.model_copy(update={"lora": None}), tokenizer)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -134,6 +135,16 @@ class Run:
         )
         self._resumed_from = self._store.latest() if run.resume else None
         self._resume()
+
+    def finds_model(self, folder: Path) -> bool:
+        """Whether this run, resumed, finds a model here that it made before its iterations; another run's is removed.
+
+        Every process calls it. A model counts once its tokenizer lies beside it, which is written last.
+        """
+        if self.config.resume and (folder / "tokenizer_config.json").is_file():
+            return True
+        on_main_process_first_failing(self.accelerator, lambda: shutil.rmtree(folder, ignore_errors=True))
+        return False
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from rlhf.training.run_config import RunConfig
 
 DESCRIPTION = ("config.yaml", "environment.json")
 RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "trackers")
+KEPT_WORK = ("cells",)
+"""What an experiment goes on from where it finds it: a run that starts over must not."""
 CHANGES_NOTHING = ("run.resume", "run.overwrite", "resume", "overwrite")
 
 
@@ -37,7 +39,8 @@ def prepare_directory(
     described = [name for name in DESCRIPTION if (directory / name).exists()]
     earlier = [name for name in RESULTS if (directory / name).exists()]
     if config.overwrite:
-        for name in (*described, *earlier):
+        kept = [name for name in KEPT_WORK if described and (directory / name).exists()]
+        for name in (*described, *earlier, *kept):
             path = directory / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif not config.resume and (earlier or len(described) == 1):

@@ -232,6 +232,30 @@ def test_overwriting_removes_what_runs_write_and_nothing_else(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_model_made_before_the_iterations_serves_a_resumed_run_alone(tmp_path):
+    """A run that starts over may have other settings; one that was cut off while it wrote has no tokenizer yet."""
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    Trainer(tmp_path).train()
+    for resumed, written, expected in [(True, "config.json", False), (True, "both", True), (False, "both", False)]:
+        for name in ("config.json", *(["tokenizer_config.json"] if written == "both" else [])):
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_text("{}")
+        run = Trainer(tmp_path, resume=resumed, overwrite=not resumed).run
+        assert run.finds_model(folder) == expected
+        assert folder.exists() == expected
+
+
+def test_starting_over_repeats_the_cells_of_an_experiment(tmp_path):
+    Trainer(tmp_path).train()
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "a.json").write_text("{}")
+    Trainer(tmp_path, resume=True)
+    assert (tmp_path / "cells" / "a.json").exists()
+    Trainer(tmp_path, overwrite=True)
+    assert not (tmp_path / "cells").exists()
+
+
 def test_a_run_that_failed_before_its_first_iteration_may_be_started_again(tmp_path):
     Trainer(tmp_path)
     Trainer(tmp_path).train()
