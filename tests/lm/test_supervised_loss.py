@@ -91,5 +91,3 @@ def test_nothing_to_learn_from_gives_zeros_and_no_error():
     found = model(**inputs | {"labels": torch.full_like(inputs["labels"], UNLABELLED)}, fused_lm_head=True)
     assert found.log_probs.abs().sum() == 0
     found.log_probs.sum().backward()
-
-
