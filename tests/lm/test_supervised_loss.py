@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from fresh_models import VOCABULARY, fresh_model
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf.lm import supervised_loss
 from rlhf.lm.supervised_loss import UNLABELLED, ScoredLabels, score_labels_on_cpu
+from tests.lm.fresh_models import VOCABULARY, fresh_model
 
 
 def batch(*, left_padded=False):
