@@ -66,7 +66,7 @@ def test_collectors_normalize_with_what_earlier_rollouts_saw(make):
     _, collector = make("Countdown-v0", "ppo", CollectSteps(steps=8), normalize_observations=True)
     first, second = collector.collect(), collector.collect()
     scale = (2 / 3) ** 0.5
-    # In the first rollout by what was seen up to steps 1, 2, 4 and 8: 0; then 0 1, mean .5, deviation .5; then as above.
+    # In the first rollout by what was seen up to steps 1, 2, 4, 8: 0; then 0 and 1, deviation .5; then as above.
     np.testing.assert_allclose(
         first.inputs["observations"][0, :, 0].numpy(),
         [0, 1, 3, *(np.array([2, -1, 0, 1, 2]) / scale)],
