@@ -34,7 +34,7 @@ def expected(model, inputs):
     return log_probs, entropy, (logits.argmax(dim=-1) == labels) & mask, gradients
 
 
-def compare(model, inputs, *, ours=True):
+def assert_scored_as_logits(model, inputs, *, ours=True):
     log_probs, entropy, on_top, gradients = expected(model, inputs)
     add_fused_lm_head(supervised_loss.unwrap_adapters(model), outputs=("log_probs", "entropy", "is_top1"))
     score_labels_on_cpu(model)
@@ -55,19 +55,19 @@ def compare(model, inputs, *, ours=True):
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "gpt2", "gemma2", "cohere", "granite"])
 def test_labels_are_scored_as_the_logits_say(name):
-    compare(fresh_model(name).eval(), batch())
+    assert_scored_as_logits(fresh_model(name).eval(), batch())
 
 
 @pytest.mark.parametrize("left_padded", [False, True])
 def test_padding_may_stand_on_either_side(left_padded):
     inputs = batch(left_padded=left_padded)
-    compare(fresh_model("llama").eval(), {**inputs, "use_cache": False})
+    assert_scored_as_logits(fresh_model("llama").eval(), {**inputs, "use_cache": False})
 
 
 def test_packed_rows_keep_their_positions():
     inputs = batch()
     inputs["position_ids"] = torch.arange(9).expand(3, -1) % 5
-    compare(fresh_model("llama").eval(), inputs)
+    assert_scored_as_logits(fresh_model("llama").eval(), inputs)
 
 
 def test_adapters_learn():
@@ -75,13 +75,13 @@ def test_adapters_learn():
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    compare(model.eval(), batch())
+    assert_scored_as_logits(model.eval(), batch())
 
 
 def test_what_is_not_known_goes_to_trls_own_answer():
     """An argument that may change what the model computes."""
     inputs = batch() | {"output_hidden_states": True}
-    compare(fresh_model("llama").eval(), inputs, ours=False)
+    assert_scored_as_logits(fresh_model("llama").eval(), inputs, ours=False)
 
 
 def test_nothing_to_learn_from_gives_zeros_and_no_error():
