@@ -137,7 +137,7 @@ class DQN:
         epsilon, count = self.epsilon(env_steps), len(observations)
         random = self.generator.random(count) < epsilon
         if self.config.network.noisy:
-            resample_noise(self.online.network, self.noise_generator)
+            resample_noise(self.online.network.noisy_layers, self.noise_generator)
         if not random.any():
             return self.policy.best(observations, action_masks=action_masks)
         if action_masks is None:
@@ -167,9 +167,9 @@ class DQN:
             prioritized.beta = self.config.replay.beta_at(progress)
         batch = self.replay.sample(self.config.batch_size)
         if self.config.network.noisy:
-            resample_noise(self.online.network, self.noise_generator)
+            resample_noise(self.online.network.noisy_layers, self.noise_generator)
             if self.target is not None:
-                resample_noise(self.target.network, self.noise_generator)
+                resample_noise(self.target.network.noisy_layers, self.noise_generator)
         with torch.no_grad():
             target = self.bootstrap(batch)
         outputs = self._forward(batch.observations)

@@ -63,7 +63,7 @@ class GreedyQ:
         if not self.network.config.noisy:
             return self.best(observations, action_masks=action_masks)
         noise = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        silence_noise(self.network)
+        silence_noise(self.network.noisy_layers)
         best = self.best(observations, action_masks=action_masks)
         for name, buffer in self.network.named_buffers():
             buffer.copy_(noise[name])

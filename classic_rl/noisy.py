@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from rlhf.training.linear import linear
+
+ROWS_TO_BUILD = 8
+"""Rows from which building the noisy weight once costs less than a second product."""
 
 
 class NoisyLinear(nn.Module):
     """y = (mu_w + sigma_w * eps_w) x + mu_b + sigma_b * eps_b with factorised noise eps_w = f(eps_out) f(eps_in)^T.
 
     f(x) = sign(x) sqrt|x|, eps_b = f(eps_out). mu starts uniform in +-1/sqrt(p), sigma at sigma_0 / sqrt(p), p inputs.
-    Since eps_w is an outer product, sigma_w * eps_w never needs to be built:
-    y = mu_w x + mu_b + f(eps_out) * (sigma_w (f(eps_in) * x) + sigma_b).
+    Since eps_w is an outer product, sigma_w * eps_w need not be built:
+    y = mu_w x + mu_b + f(eps_out) * (sigma_w (f(eps_in) * x) + sigma_b), which serves the few rows of acting.
     Source: Fortunato et al. 2018, equations 9 to 11 and section 3.2, https://arxiv.org/abs/1706.10295.
 
     Args:
@@ -32,29 +38,28 @@ class NoisyLinear(nn.Module):
         self.register_buffer("noise_in", torch.zeros(inputs))
         self.register_buffer("noise_out", torch.zeros(outputs))
 
-    def resample(self, generator: torch.Generator) -> None:
-        """Draw new noise, which every forward uses until the next draw."""
-        for noise in (self.noise_in, self.noise_out):
-            drawn = torch.randn(len(noise), generator=generator)
-            noise.copy_(drawn.sign() * drawn.abs().sqrt())
-
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]."""
+        if x.numel() >= ROWS_TO_BUILD * x.shape[-1]:
+            weight = torch.addcmul(self.weight, self.weight_sigma, torch.outer(self.noise_out, self.noise_in))
+            return linear(x, weight, torch.addcmul(self.bias, self.bias_sigma, self.noise_out))
         mean = nn.functional.linear(x, self.weight, self.bias)
         noise = nn.functional.linear(x * self.noise_in, self.weight_sigma, self.bias_sigma)
         return mean + self.noise_out * noise
 
 
-def resample_noise(network: nn.Module, generator: torch.Generator) -> None:
-    """Draw new noise for every noisy layer of a network."""
-    for layer in network.modules():
-        if isinstance(layer, NoisyLinear):
-            layer.resample(generator)
+def resample_noise(layers: Sequence[NoisyLinear], generator: torch.Generator) -> None:
+    """Draw new noise for every layer, which its forward passes use until the next draw."""
+    noises = [noise for layer in layers for noise in (layer.noise_in, layer.noise_out)]
+    sizes = [len(noise) for noise in noises]
+    drawn = torch.randn(sum(sizes), generator=generator)
+    scaled = drawn.abs().sqrt_().copysign_(drawn)
+    for noise, part in zip(noises, scaled.split(sizes), strict=True):
+        noise.copy_(part)
 
 
-def silence_noise(network: nn.Module) -> None:
-    """Set the noise of every noisy layer to 0: the mean weights, which evaluation acts with."""
-    for layer in network.modules():
-        if isinstance(layer, NoisyLinear):
-            layer.noise_in.zero_()
-            layer.noise_out.zero_()
+def silence_noise(layers: Sequence[NoisyLinear]) -> None:
+    """Set the noise of every layer to 0: the mean weights, which evaluation acts with."""
+    for layer in layers:
+        layer.noise_in.zero_()
+        layer.noise_out.zero_()

@@ -95,6 +95,7 @@ class QNetwork(nn.Module):
                 torch.manual_seed(seed)
             self.convolutions, features = convolutions(observation_space, config.convolutions)
             self.plain = self.trunk = self.value = self.advantage = None
+            self.noisy_layers: list[NoisyLinear] = []
             outputs = num_actions * size
             if self.is_plain:
                 self.plain = MLP(
@@ -110,6 +111,7 @@ class QNetwork(nn.Module):
             self.advantage = _layers([*widths[-2:], outputs], config, noisy=config.noisy, ends=True)
             if config.dueling is not None:
                 self.value = _layers([*widths[-2:], size], config, noisy=config.noisy, ends=True)
+            self.noisy_layers = [layer for layer in self.modules() if isinstance(layer, NoisyLinear)]
 
     @property
     def is_plain(self) -> bool:

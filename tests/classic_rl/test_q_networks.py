@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 
 from classic_rl.direct import DirectGradient
-from classic_rl.noisy import NoisyLinear, resample_noise, silence_noise
+from classic_rl.noisy import ROWS_TO_BUILD, NoisyLinear, resample_noise, silence_noise
 from classic_rl.optimization import FlatNetwork, OptimizerConfig
 from classic_rl.q_networks import DuelingConfig, QNetwork, QNetworkConfig, aggregate
 from rlhf.errors import ConfigError
@@ -60,14 +60,22 @@ def test_the_trunk_gradient_can_be_rescaled():
     assert torch.allclose(gradients[1][1], gradients[0][1])
 
 
-def test_the_noisy_layer_is_the_papers_formula():
-    """Equations 9 to 11 with the noise matrix written out."""
+@pytest.mark.parametrize("rows", [1, ROWS_TO_BUILD])
+def test_the_noisy_layer_is_the_papers_formula(rows):
+    """Equations 9 to 11 with the noise matrix written out, and the gradient of every parameter."""
     layer = NoisyLinear(5, 3)
-    layer.resample(torch.Generator().manual_seed(0))
+    resample_noise([layer], torch.Generator().manual_seed(0))
     noise = torch.outer(layer.noise_out, layer.noise_in)
-    x = torch.randn(7, 5)
-    weight, bias = layer.weight + layer.weight_sigma * noise, layer.bias + layer.bias_sigma * layer.noise_out
-    assert torch.allclose(layer(x), torch.nn.functional.linear(x, weight, bias), atol=1e-6)
+    x, slope = torch.randn(rows, 5), torch.randn(rows, 3)
+    outputs = layer(x)
+    outputs.backward(slope)
+    with torch.no_grad():
+        weight, bias = layer.weight + layer.weight_sigma * noise, layer.bias + layer.bias_sigma * layer.noise_out
+    assert torch.allclose(outputs, torch.nn.functional.linear(x, weight, bias), atol=1e-6)
+    assert torch.allclose(layer.weight.grad, slope.t() @ x, atol=1e-6)
+    assert torch.allclose(layer.weight_sigma.grad, (slope.t() @ x) * noise, atol=1e-6)
+    assert torch.allclose(layer.bias.grad, slope.sum(dim=0), atol=1e-6)
+    assert torch.allclose(layer.bias_sigma.grad, slope.sum(dim=0) * layer.noise_out, atol=1e-6)
     assert layer.weight_sigma.unique().item() == pytest.approx(0.5 / 5**0.5)
     assert layer.weight.abs().max() <= 1 / 5**0.5
 
@@ -75,7 +83,7 @@ def test_the_noisy_layer_is_the_papers_formula():
 def test_noise_is_f_of_a_normal():
     """f(x) = sign(x) sqrt|x|, so f^2 is |x|: mean sqrt(2/pi) = .798, standard error of 40,000 draws .003."""
     layer = NoisyLinear(40_000, 1)
-    layer.resample(torch.Generator().manual_seed(1))
+    resample_noise([layer], torch.Generator().manual_seed(1))
     assert (layer.noise_in**2).mean().item() == pytest.approx(0.7979, abs=0.015)
     assert layer.noise_in.mean().item() == pytest.approx(0.0, abs=0.025)
 
@@ -84,9 +92,9 @@ def test_silence_leaves_the_mean_weights():
     network = QNetwork(VECTOR, 3, config=QNetworkConfig(hidden_sizes=[8, 8], noisy=True), seed=0)
     x = torch.randn(5, 4)
     silent = network(x)
-    resample_noise(network, torch.Generator().manual_seed(0))
+    resample_noise(network.noisy_layers, torch.Generator().manual_seed(0))
     assert not torch.allclose(network(x), silent)
-    silence_noise(network)
+    silence_noise(network.noisy_layers)
     assert torch.equal(network(x), silent)
 
 
