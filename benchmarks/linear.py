@@ -2,8 +2,9 @@
 
     python benchmarks/linear.py              # prints a table, writes benchmarks/results/linear.md
 
-Both compute the same products; `rlhf/training/linear.py` says when it chooses which. Each figure is the best of
-several rounds, the two sides taking turns.
+Both compute the same products; `rlhf/training/linear.py` says when it chooses which. "Packed" multiplies by a weight
+that lies in oneDNN's own layout already, as in decoding. Each figure is the best of several rounds, the sides taking
+turns.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf.training.linear import _Linear
+from rlhf.training.linear import _Linear, linear, pack
 
 SHAPES = [(2048, 128, 512), (2048, 512, 128), (2048, 384, 1536), (64, 128, 1024), (64, 384, 1536), (256, 256, 256)]
+SHAPES += [(16, 128, 1024), (16, 384, 3072)]
 """Rows, inputs, outputs."""
 RESULTS = Path(__file__).parent / "results" / "linear.md"
 
@@ -60,12 +62,15 @@ def measure(rows: int, inputs: int, outputs: int, *, rounds: int) -> str:
         return _Linear.apply(one, other, None)  # type: ignore[return-value]
 
     work = 2.0 * rows * inputs * outputs
-    forward = best_of([forward_of(nn.functional.linear), forward_of(onednn)], work=work, rounds=rounds)
+    packed = pack(weight)
+    sides = [nn.functional.linear, onednn, lambda one, other: linear(one, other, packed=packed)]
+    *forward, repeated = best_of([forward_of(side) for side in sides], work=work, rounds=rounds)
     both = best_of([step_of(nn.functional.linear), step_of(onednn)], work=3 * work, rounds=rounds)
     rates = [work / forward[0], work / forward[1], 3 * work / both[0], 3 * work / both[1]]
     default, ours, default_both, ours_both = (rate / 1e9 for rate in rates)
     return (
         f"| {rows} x {inputs} x {outputs} | {default:.0f} | {ours:.0f} | {ours / default:.2f} "
+        f"| {work / repeated / 1e9:.0f} | {forward[1] / repeated:.2f} "
         f"| {default_both:.0f} | {ours_both:.0f} | {ours_both / default_both:.2f} |"
     )
 
@@ -83,8 +88,9 @@ def main() -> None:
         f"GFLOP/s, float32, {options.threads} thread(s), torch {torch.__version__}, "
         "written by `python benchmarks/linear.py`.",
         "",
-        "| rows x inputs x outputs | torch, forward | oneDNN | ratio | torch, forward and backward | oneDNN | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| rows x inputs x outputs | torch, forward | oneDNN | ratio "
+        "| oneDNN, packed | to oneDNN | torch, forward and backward | oneDNN | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
         lines.append(measure(*shape, rounds=options.rounds))

@@ -15,7 +15,7 @@ only slower.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ from rlhf.lm.cache import InPlaceCache
 from rlhf.lm.decode_products import match_keys, wants_keys_across, weigh_values
 from rlhf.lm.fusible_structure import has_fusible_structure, is_plain_linear, norm_epsilon, parts_of
 from rlhf.lm.shared_prompt import attend
-from rlhf.training.linear import linear, linear_onto
+from rlhf.training.linear import linear, linear_onto, pack
 
 STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}
 """Rotary types whose angles depend on the position alone; others look at the batch's greatest position."""
 MERGE_LIMITS = {"cpu": 2**22, "cuda": 2**24}
-"""Elements up to which matrices are merged. Beyond, the product itself takes the time and the copy too much memory."""
+"""Elements up to which matrices are merged, and packed on a CPU. Beyond, a copy takes too much memory."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,23 @@ class _Map:
 
     weight: Tensor
     bias: Tensor | None
-    adapters: list[tuple[Tensor, Tensor]]
+    adapters: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(A [r, I], scaled B [O, r]) of each LoRA adapter that is not part of `weight`."""
+    packed: Tensor | None = None
+    """The weight as a CPU multiplies by it fastest."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._adapt(linear(hidden, self.weight, self.bias), hidden)
+        return self._adapt(linear(hidden, self.weight, self.bias, packed=self.packed), hidden)
 
     def add_to(self, residual: Tensor, hidden: Tensor) -> Tensor:
         if hidden.dtype is not residual.dtype:
             return residual + self(hidden)
-        return self._adapt(linear_onto(residual, hidden, self.weight, self.bias), hidden)
+        return self._adapt(linear_onto(residual, hidden, self.weight, self.bias, packed=self.packed), hidden)
+
+    def pack(self) -> _Map:
+        """The same with its weight packed, where that is worth a copy."""
+        small = self.weight.numel() <= MERGE_LIMITS.get(self.weight.device.type, 0)
+        return replace(self, packed=pack(self.weight)) if small else self
 
     def _adapt(self, output: Tensor, hidden: Tensor) -> Tensor:
         for down, up in self.adapters:
@@ -82,6 +89,10 @@ class _Projection:
     def add_to(self, residual: Tensor, hidden: Tensor) -> Tensor:
         """Residual [n, H] + map of hidden [n, I], in the residual's precision; only for a single map."""
         return self.maps[0].add_to(residual, self._round(hidden))
+
+    def pack(self) -> _Projection:
+        """The same with packed weights."""
+        return _Projection([one.pack() for one in self.maps])
 
     def _round(self, hidden: Tensor) -> Tensor:
         dtype = self.maps[0].weight.dtype
@@ -229,7 +240,7 @@ def _attend(
         attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=layer.scaling)
         return attended.reshape(rows, -1)
     # Queries of one key head side by side; faster than scaled_dot_product_attention for one token on a CPU.
-    queries = queries.reshape(rows * layer.key_heads, -1, layer.head_dim) * layer.scaling
+    queries = (queries * layer.scaling).view(rows * layer.key_heads, -1, layer.head_dim)
     scores = match_keys(queries, keys)
     if mask is not None:
         scores.view(rows, layer.key_heads, -1, scores.shape[-1]).add_(mask)
@@ -256,9 +267,9 @@ def read_fused_step(body: Any, *, dtype: torch.dtype | None = None, positions: i
 
 def read_head(head: LogitsHead, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     """The head with its matrix in the precision of products; as it is where it is no plain linear layer."""
-    if dtype is None or not is_plain_linear(head.module):
+    if not is_plain_linear(head.module):
         return head
-    projection = _Projection([_read_map(head.module, dtype, merge=True)])
+    projection = _Projection([_read_map(head.module, dtype, merge=True).pack()])
     return lambda hidden: head.adjust(projection(hidden))
 
 
@@ -270,10 +281,10 @@ def _read_layer(layer: Any, dtype: torch.dtype | None) -> _Layer:
     return _Layer(
         qkv=_read_normed(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype),
         query_key_norm=_read_head_norms(attention, query_heads, key_heads) if "q_norm" in parts_of(attention) else None,
-        output=_read_projection(attention.o_proj, dtype=dtype),
+        output=_read_projection(attention.o_proj, dtype=dtype).pack(),
         gate_up=_read_normed(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, dtype=dtype),
         activation=mlp.act_fn,
-        down=_read_projection(mlp.down_proj, dtype=dtype),
+        down=_read_projection(mlp.down_proj, dtype=dtype).pack(),
         query_heads=query_heads,
         key_heads=key_heads,
         head_dim=attention.head_dim,
@@ -318,7 +329,7 @@ def _read_projection(*modules: Any, dtype: torch.dtype | None) -> _Projection:
         return _Projection(maps)
     weight = torch.cat([one.weight for one in maps])
     bias = None if maps[0].bias is None else torch.cat([one.bias for one in maps if one.bias is not None])
-    return _Projection([_Map(weight, bias, [])])
+    return _Projection([_Map(weight, bias)])
 
 
 def _read_normed(norm_module: Any, *modules: Any, dtype: torch.dtype | None) -> _NormedProjection:
@@ -326,7 +337,7 @@ def _read_normed(norm_module: Any, *modules: Any, dtype: torch.dtype | None) -> 
     weight, bias = projection.maps[0].weight, projection.maps[0].bias
     # Only a merged matrix is ours to change; in 16 bits, the product of two weights would be rounded once more.
     if len(projection.maps) > 1 or weight.dtype not in (torch.float32, torch.float64):
-        return _NormedProjection(norm, projection, None)
+        return _NormedProjection(norm, projection.pack(), None)
     width = weight.shape[1]
-    folded = _Projection([_Map(weight * (norm.weight * width**0.5), bias, [])])
+    folded = _Projection([_Map(weight * (norm.weight * width**0.5), bias)]).pack()
     return _NormedProjection(norm, folded, weight.new_tensor((width * norm.epsilon) ** 0.5))

@@ -54,13 +54,24 @@ def _cpu_maker() -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
 
 
-def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def pack(weight: Tensor) -> Tensor | None:
+    """Return weight [O, I] in oneDNN's own layout, a copy, or None where oneDNN does not compute its products.
+
+    oneDNN rearranges a matrix in every product; decoding multiplies by the same one at every step. Given as `packed`,
+    the copy takes 5 to 35 % off a product of 16 to 64 rows, with the same bits as result.
+    """
+    plain = weight.device.type == "cpu" and weight.dtype is torch.float32
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None) if plain and onednn_pays() else None
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: Tensor | None = None) -> Tensor:
     """Return rows @ weight.T + bias, as `torch.nn.functional.linear` does.
 
     Args:
         rows: [..., I].
         weight: [O, I].
         bias: [O] or None.
+        packed: What `pack` made of `weight`, used where no gradient is wanted.
 
     Returns:
         [..., O]. Differentiable once where oneDNN computes it.
@@ -69,13 +80,16 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(rows, weight, bias)
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
         return _Linear.apply(rows, weight, bias)  # type: ignore[return-value]
-    return _product(rows, weight, bias)
+    return _product(rows, weight if packed is None else packed, bias)
 
 
-def linear_onto(residual: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_onto(
+    residual: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: Tensor | None = None
+) -> Tensor:
     """Return residual [N, O] + rows [N, I] @ weight.T + bias, in one operation where possible; not differentiable."""
     if _goes_through_onednn(rows, weight):
-        return torch.ops.mkldnn._linear_pointwise.binary(rows, residual, weight, bias, "add")
+        matrix = weight if packed is None else packed
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, residual, matrix, bias, "add")
     if bias is not None:
         return residual + functional.linear(rows, weight, bias)
     return torch.addmm(residual, rows, weight.t())

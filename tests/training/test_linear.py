@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
 from rlhf.training import linear as subject
-from rlhf.training.linear import VARIABLE, FastLinear, linear, linear_onto, onednn_pays, use_fast_linear
+from rlhf.training.linear import VARIABLE, FastLinear, linear, linear_onto, onednn_pays, pack, use_fast_linear
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -80,6 +80,20 @@ def test_adding_onto_a_residual(onednn: None, rows_count: int, with_bias: bool) 
     )
     assert torch.allclose(linear_onto(residual, rows, weight, bias).double(), expected, atol=1e-4)
     assert torch.equal(residual, before)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows_count", [2000, 700, 2])
+def test_a_packed_weight_multiplies_as_the_weight(onednn: None, rows_count: int) -> None:
+    rows, residual = torch.randn(rows_count, 96), torch.randn(rows_count, 160)
+    weight, bias = torch.randn(160, 96), torch.randn(160)
+    expected = nn.functional.linear(rows.double(), weight.double(), bias.double())
+    packed = pack(weight)
+    assert packed is not None
+    assert torch.allclose(linear(rows, weight, bias, packed=packed).double(), expected, atol=1e-4)
+    sums = linear_onto(residual, rows, weight, bias, packed=packed)
+    assert torch.allclose(sums.double(), residual.double() + expected, atol=1e-4)
+    assert pack(weight.double()) is None  # oneDNN does not multiply these
 
 
 @needs_onednn
