@@ -2,6 +2,7 @@
 
     python benchmarks/grpo.py                       # every case; writes benchmarks/results/grpo.{md,json}, on a GPU
                                                     # grpo_gpu.{md,json}
+    python benchmarks/grpo.py --threads 1           # grpo_one_thread.{md,json}
     python benchmarks/grpo.py --cases tiny_32 --steps 20
 
 The table is written after each case. Rows of cases that are not run again stay, if they were measured with the same
@@ -78,7 +79,7 @@ class Ours:
             old_log_probs=old_log_probs,
             samples=0,
         )
-        tokens = 2**15 if gpu else 2048
+        tokens = 2**15 if gpu else 4096
         update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=tokens, adam_epsilon=1e-8)
         self.algorithm = algorithm
         self.learner = Learner(policy, algorithm, update, accelerator=accelerator)

@@ -20,7 +20,7 @@ def environment(threads: int) -> str:
 
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
-    return f"{machine}, {threads} threads, {versions}"
+    return f"{machine}, {threads} thread{'s' if threads > 1 else ''}, {versions}"
 
 
 def kept_results(cases: Sequence[str], measured_with: str) -> dict[str, dict[str, Any]]:
@@ -33,7 +33,9 @@ def kept_results(cases: Sequence[str], measured_with: str) -> dict[str, dict[str
 
 
 def _table_name() -> str:
-    return "grpo_gpu" if torch.cuda.is_available() else "grpo"
+    if torch.cuda.is_available():
+        return "grpo_gpu"
+    return "grpo" if torch.get_num_threads() > 1 else "grpo_one_thread"
 
 
 def write_results(results: dict[str, dict[str, Any]], measured_with: str) -> None:

@@ -134,7 +134,7 @@ class Ours:
             critic=str(folder / "reward"),
             accelerator=accelerator,
         )
-        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=2048, adam_epsilon=1e-8)
+        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=4096, adam_epsilon=1e-8)
         self.learner = Learner(actors.policy, self.algorithm, update, accelerator=accelerator)
         sampling = SamplingConfig(max_completion_length=settings["limit"])
         self.collector = PromptCollector(
