@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from classic_rl.networks import NetworkConfig
 from classic_rl.q_networks import convolutions
 from classic_rl.spaces import is_image, observation_size
+from rlhf.training.linear import use_fast_linear
 
 
 class Encoder(nn.Module):
@@ -42,6 +43,8 @@ class Encoder(nn.Module):
             self.num_features = config.image_features
             if config.initialization == "orthogonal":
                 _orthogonal(self.convolutions)
+            if config.kernel == "auto":
+                use_fast_linear(self.convolutions)
         else:
             self.num_features = observation_size(observation_space)
         if config.memory is not None:

@@ -38,7 +38,8 @@ class NetworkConfig(Config):
     activation: Activation = "tanh"
     kernel: Literal["auto", "torch"] = "auto"
     """auto runs forward and backward in NumPy where everything is float32 on the CPU: less than half of torch's time on
-    small networks, which is mostly the cost of single operations. torch leaves it to torch, higher derivatives too."""
+    small networks, which is mostly the cost of single operations; the layer after convolutions goes through
+    `rlhf.training.linear`. torch leaves all to torch, higher derivatives too."""
     state_dependent: StateDependentExploration | None = None
     """Box actions: exploration noise as a function of the state (gSDE), in place of independent noise."""
     initial_log_std: float = 0.0

@@ -14,6 +14,7 @@ from classic_rl.noisy import NoisyLinear
 from classic_rl.spaces import is_image, observation_size
 from rlhf.config import Config
 from rlhf.errors import ConfigError
+from rlhf.training.linear import use_fast_linear
 
 
 class DuelingConfig(Config):
@@ -42,7 +43,8 @@ class QNetworkConfig(Config):
     noisy_sigma: float = Field(0.5, ge=0)
     """Where the noise's scale starts, times 1/sqrt(inputs)."""
     kernel: Literal["auto", "torch"] = "auto"
-    """auto computes plain networks in NumPy on the CPU, which takes less than torch; torch leaves all to torch."""
+    """auto computes plain networks in NumPy on the CPU, which takes less than torch, and layers after convolutions by
+    `rlhf.training.linear`; torch leaves all to torch."""
 
 
 def aggregate(values: Tensor, advantages: Tensor, *, aggregation: Literal["mean", "max", "naive"]) -> Tensor:
@@ -103,6 +105,7 @@ class QNetwork(nn.Module):
                 )
                 for layer in self.plain.layers:
                     layer.reset_parameters()
+                self._quicken()
                 return
             *shared, last = [features, *config.hidden_sizes]
             widths = [*shared, last]
@@ -112,6 +115,12 @@ class QNetwork(nn.Module):
             if config.dueling is not None:
                 self.value = _layers([*widths[-2:], size], config, noisy=config.noisy, ends=True)
             self.noisy_layers = [layer for layer in self.modules() if isinstance(layer, NoisyLinear)]
+            self._quicken()
+
+    def _quicken(self) -> None:
+        """The layers after convolutions are wide enough for it."""
+        if self.convolutions is not None and self.config.kernel == "auto":
+            use_fast_linear(self)
 
     @property
     def is_plain(self) -> bool:
@@ -167,17 +176,26 @@ def _layers(widths: list[int], config: QNetworkConfig, *, noisy: bool, ends: boo
 
 
 class Scale(nn.Module):
-    """Images of bytes to floats: x * factor, with the channels first."""
+    """Images of bytes to floats: x * factor, with the channels first.
 
-    def __init__(self, factor: float, *, channels_last: bool) -> None:
+    Args:
+        factor: The factor.
+        channels_last: Whether images come as [B, H, W, C].
+        memory_format: How the floats lie in memory. A CPU convolves Nature's frames in half the time where the
+            channels of a pixel are neighbours, and MinAtar's small boards sooner where they are not.
+    """
+
+    def __init__(self, factor: float, *, channels_last: bool, memory_format: torch.memory_format) -> None:
         super().__init__()
-        self.factor, self.channels_last = factor, channels_last
+        self.factor, self.channels_last, self.memory_format = factor, channels_last, memory_format
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] or [B, H, W, C] bytes or floats to [B, C, H, W] floats."""
-        x = x.float() if x.dtype == torch.uint8 else x
-        x = x if self.factor == 1.0 else x * self.factor
-        return x.permute(0, 3, 1, 2).contiguous() if self.channels_last else x
+        x = x.permute(0, 3, 1, 2) if self.channels_last else x
+        x = x.contiguous(memory_format=self.memory_format)
+        if x.dtype == torch.uint8:
+            return x.float().mul_(self.factor)
+        return x if self.factor == 1.0 else x * self.factor
 
 
 Convolutions = Literal["nature", "minatar", "none"]
@@ -206,7 +224,7 @@ def convolutions(space: spaces.Space, kind: Convolutions) -> tuple[nn.Module | N
             channels_last = shape[-1] < min(shape[0], shape[1])
             channels = shape[-1] if channels_last else shape[0]
             body = nn.Sequential(
-                Scale(1 / 255, channels_last=channels_last),
+                Scale(1 / 255, channels_last=channels_last, memory_format=torch.channels_last),
                 nn.Conv2d(channels, 32, 8, 4),
                 nn.ReLU(),
                 nn.Conv2d(32, 64, 4, 2),
@@ -217,7 +235,10 @@ def convolutions(space: spaces.Space, kind: Convolutions) -> tuple[nn.Module | N
             )
         case "minatar":
             body = nn.Sequential(
-                Scale(1.0, channels_last=True), nn.Conv2d(shape[-1], 16, 3, 1), nn.ReLU(), nn.Flatten()
+                Scale(1.0, channels_last=True, memory_format=torch.contiguous_format),
+                nn.Conv2d(shape[-1], 16, 3, 1),
+                nn.ReLU(),
+                nn.Flatten(),
             )
     try:
         with torch.no_grad():

@@ -181,3 +181,25 @@ def test_a_flat_step_is_torchs_own_over_separate_parameters(name):
         optimizer.step()
     for mine, theirs in zip(holder.network.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 84, 84), (84, 84, 4)])
+def test_frames_are_convolved_as_torch_does(shape):
+    """Values and gradients of the Nature network against its formula in float64, channels first or last."""
+    space = spaces.Box(0, 255, shape, np.uint8)
+    network = QNetwork(space, 3, config=QNetworkConfig(convolutions="nature", hidden_sizes=[512]), seed=0)
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, *shape), dtype=np.uint8))
+    found = network(frames)
+    slope = torch.randn_like(found)
+    found.backward(slope)
+    exact = [parameter.detach().double().requires_grad_() for parameter in network.parameters()]
+    x = frames.double() / 255 if shape[0] == 4 else frames.double().permute(0, 3, 1, 2) / 255
+    for index, stride in enumerate((4, 2, 1)):
+        x = torch.nn.functional.conv2d(x, *exact[2 * index : 2 * index + 2], stride=stride).relu()
+    hidden = torch.nn.functional.linear(x.flatten(1), *exact[6:8]).relu()
+    expected = torch.nn.functional.linear(hidden, *exact[8:10])[..., None]
+    expected.backward(slope.double())
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    for parameter, gradient in zip(network.parameters(), (leaf.grad for leaf in exact), strict=True):
+        # A unit within rounding of 0 may be on one side only.
+        assert (parameter.grad.double() - gradient).norm() < 1e-3 * gradient.norm()
