@@ -32,6 +32,8 @@ class EvaluationConfig(Config):
     """First reset seed; far from the training seeds."""
     max_steps: int | None = Field(None, ge=1)
     """Cuts longer episodes; None leaves it to the environment's own limit."""
+    kwargs: dict[str, Any] = {}
+    """Changes of environment.kwargs while evaluating, such as whole games instead of single lives."""
     video: int = Field(0, ge=0)
     """Further episodes per evaluation that are filmed, as MP4 files in `<run directory>/videos` (extra `video`). They
     are played in an environment of their own; training environments never draw."""
@@ -42,6 +44,10 @@ class EvaluationConfig(Config):
         if video:
             require_package()
         return video
+
+    def adapt(self, environment: EnvironmentConfig) -> EnvironmentConfig:
+        """The environment in which is evaluated."""
+        return environment.model_copy(update={"kwargs": {**environment.kwargs, **self.kwargs}})
 
 
 def evaluate(
@@ -68,6 +74,7 @@ def evaluate(
         ConfigError: Episodes may never end.
     """
     config = config or EvaluationConfig()
+    environment = config.adapt(environment)
     environments = make_environments(environment, num_envs=config.episodes, images=True)
     try:
         steps = _play(policy, environments, config, normalizer=normalizer)
@@ -152,7 +159,7 @@ def evaluate_agent(
         raise ConfigError("off-policy agents are judged by their greedy actions", where="evaluation.deterministic")
     returns, lengths = play_greedily(agent, environment, config)
     for file, judged in _films(config, videos):
-        with filmed(environment, file) as stage:
+        with filmed(judged.adapt(environment), file) as stage:
             _play_greedily(agent, stage, judged)
     return {
         "return_mean": float(returns.mean()),
@@ -167,7 +174,7 @@ def play_greedily(
     agent: Actor, environment: EnvironmentConfig, config: EvaluationConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the undiscounted returns [episodes] and lengths [episodes] of greedy episodes."""
-    environments = make_environments(environment, num_envs=config.episodes, images=True)
+    environments = make_environments(config.adapt(environment), num_envs=config.episodes, images=True)
     try:
         return _play_greedily(agent, environments, config)
     finally:

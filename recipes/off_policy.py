@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from classic_rl.agents import AgentConfig, make_agent
 from classic_rl.environments import EnvironmentConfig
 from classic_rl.evaluation import EvaluationConfig, evaluate_agent
@@ -23,8 +21,6 @@ class OffPolicyConfig(Config):
     agent: AgentConfig
     schedule: OffPolicySchedule
     evaluation: EvaluationConfig = EvaluationConfig()
-    evaluation_kwargs: dict[str, Any] = {}
-    """Changes of environment.kwargs while evaluating, such as whole games instead of single lives."""
     threads: int = 1
     """Of torch and NumPy; more than one slows small networks down."""
     run: RunConfig = RunConfig()
@@ -35,9 +31,7 @@ def main(config: OffPolicyConfig) -> dict[str, float]:
     limit_threads(config.threads)
     agent = make_agent(config.agent, environment=config.environment, schedule=config.schedule, seed=config.run.seed)
     run = Run(config.run, resolved=config, iterations=config.schedule.iterations, recipe="off_policy")
-    kwargs = {**config.environment.kwargs, **config.evaluation_kwargs}
-    judged = config.environment.model_copy(update={"kwargs": kwargs})
-    run.evaluate = lambda: evaluate_agent(agent, judged, config.evaluation, videos=run.directory / "videos")
+    run.evaluate = lambda: evaluate_agent(agent, config.environment, config.evaluation, videos=run.directory / "videos")
     metrics = learn_off_policy(agent, config.environment, config.schedule, run)
     save_agent(run.directory / "policy", agent)
     return metrics

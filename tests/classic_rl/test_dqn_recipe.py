@@ -189,7 +189,7 @@ def test_saliency_is_the_gradient_of_each_stream(tmp_path):
 
 ATARI = {
     "off_policy": ["dqn_atari_breakout", "dqn_atari_pong", "rainbow_atari_pong"],
-    "on_policy": ["atari_pong_ppo"],
+    "on_policy": ["atari_breakout_ppo", "atari_pong_ppo"],
 }  # fmt: skip
 
 
@@ -198,12 +198,10 @@ def test_atari_presets_go_on_after_a_lost_life_and_evaluate_whole_games(name, co
     # Mnih et al. 2015: a lost life ends the return, not the game. Tried on Breakout, whose games have five lives.
     pytest.importorskip("ale_py")
     settings = load_config(import_recipe(find_recipe(name)).CONFIG, FOLDER.parent / name / f"{config}.yaml", [])
-    judged = {**settings.environment.kwargs, **getattr(settings, "evaluation_kwargs", {})}
-    whole_games = [(judged, [0])] if name == "off_policy" else []  # on_policy evaluates as it trains: Pong has no lives
-    for kwargs, lives_at_ends in [(settings.environment.kwargs, [4, 3, 2, 1, 0]), *whole_games]:
-        ends, fresh = _lives_over_games(
-            settings.environment.model_copy(update={"id": "ale_py:ALE/Breakout-v5", "num_envs": 1, "kwargs": kwargs})
-        )
+    judged = settings.evaluation.adapt(settings.environment)
+    assert not judged.kwargs["reward_clipping"]
+    for environment, lives_at_ends in [(settings.environment, [4, 3, 2, 1, 0]), (judged, [0])]:
+        ends, fresh = _lives_over_games(environment.model_copy(update={"id": "ale_py:ALE/Breakout-v5", "num_envs": 1}))
         assert ends[: len(lives_at_ends)] == lives_at_ends
         assert set(ends) == set(lives_at_ends)
         assert all(new == (old if old else 5) for old, new in zip(ends, fresh, strict=False))
