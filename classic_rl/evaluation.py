@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -183,19 +184,35 @@ def play_greedily(
 
 def _play_greedily(agent: Actor, environments: VectorEnv, config: EvaluationConfig) -> tuple[np.ndarray, np.ndarray]:
     """Play one episode in every environment."""
+    returns, lengths = np.zeros(environments.num_envs), np.zeros(environments.num_envs)
+    for _, rewards, alive in _greedy_steps(agent, environments, config):
+        returns += rewards * alive
+        lengths += alive
+    return returns, lengths
+
+
+def greedy_observations(agent: Actor, environments: VectorEnv, config: EvaluationConfig) -> np.ndarray:
+    """Return what a greedy agent saw, [steps, *observation], in one episode of the first environment."""
+    steps = _greedy_steps(agent, environments, config)
+    return np.stack([observations[0] for observations, _, alive in steps if alive[0]])
+
+
+def _greedy_steps(
+    agent: Actor, environments: VectorEnv, config: EvaluationConfig
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield observations [N, ...] as stored, rewards [N] of the actions there, and whose episodes still ran [N]."""
     limit = _require_limit(environments, config)
     new, infos = start(environments, config.seed)
     alive = np.ones(environments.num_envs, dtype=bool)
-    returns, lengths = np.zeros(environments.num_envs), np.zeros(environments.num_envs)
-    while alive.any() and lengths.max() < limit:
+    for _ in range(limit):
         observations = observation_array(environments.single_observation_space, new)
         masks: Any = action_masks_of(environments, infos)
         actions = agent.greedy(observations, **({} if masks is None else {"action_masks": masks}))
         new, rewards, terminated, truncated, infos = environments.step(agent.to_environment(actions))
-        returns += rewards * alive
-        lengths += alive
-        alive &= ~(terminated | truncated)
-    return returns, lengths
+        yield observations, rewards, alive
+        alive = alive & ~(terminated | truncated)
+        if not alive.any():
+            return
 
 
 class _Actor:

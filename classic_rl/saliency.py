@@ -12,9 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from classic_rl.agents import AgentConfig
 from classic_rl.distributional import Values, expected_values
+from classic_rl.dqn_config import DQNConfig
+from classic_rl.dqn_policy import GreedyQ
+from classic_rl.environments import EnvironmentConfig, make_environments
+from classic_rl.evaluation import EvaluationConfig, greedy_observations
 from classic_rl.q_networks import QNetwork
-from rlhf.errors import ModelError
+from rlhf.errors import ConfigError, ModelError
 
 
 class Saliency(NamedTuple):
@@ -53,6 +58,45 @@ def saliency(network: QNetwork, observations: np.ndarray, *, values: Values) -> 
         (gradient,) = torch.autograd.grad(best.sum(), inputs)
         maps.append(gradient.abs().cpu().numpy())
     return Saliency(*maps)
+
+
+def require_streams(agent: AgentConfig) -> None:
+    """Refuse, before anything is trained, an agent whose maps cannot be drawn.
+
+    Raises:
+        ConfigError: No DQN with dueling streams of images.
+    """
+    if not isinstance(agent, DQNConfig) or agent.network.dueling is None or agent.network.convolutions == "none":
+        raise ConfigError(
+            "maps of value and advantage need a dueling network of images",
+            where="saliency_images",
+            got=agent.type,
+            expected="agent.type dqn with network.dueling and network.convolutions",
+            remedy="Set saliency_images=0.",
+        )
+
+
+def draw_game(
+    file: Path, policy: GreedyQ, environment: EnvironmentConfig, evaluation: EvaluationConfig, *, images: int
+) -> None:
+    """Draw the maps of observations spread evenly over one greedy episode.
+
+    Args:
+        file: The image to write.
+        policy: With a dueling network of images.
+        environment: Where it plays.
+        evaluation: Seed and limit of the episode.
+        images: Observations; fewer where the episode has fewer.
+    """
+    environments = make_environments(evaluation.adapt(environment), num_envs=1, images=True)
+    try:
+        seen = greedy_observations(policy, environments, evaluation)
+    finally:
+        environments.close()
+    chosen = seen[np.unique(np.linspace(0, len(seen) - 1, images).round().astype(int))]
+    shape = chosen.shape[1:]
+    channels_first = policy.network.config.convolutions == "nature" and shape[0] < min(shape[1:])
+    draw_saliency(file, chosen, saliency(policy.network, chosen, values=policy.values), channels_first=channels_first)
 
 
 def draw_saliency(file: Path, observations: np.ndarray, maps: Saliency, *, channels_first: bool) -> None:

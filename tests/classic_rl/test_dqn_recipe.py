@@ -16,6 +16,7 @@ import yaml
 from classic_rl.agents import make_agent
 from classic_rl.dqn_config import DQNConfig
 from classic_rl.environments import EnvironmentConfig, make_environments
+from classic_rl.evaluation import EvaluationConfig, greedy_observations
 from classic_rl.off_policy import OffPolicySchedule, Player
 from classic_rl.q_networks import DuelingConfig, QNetwork, QNetworkConfig
 from classic_rl.saliency import draw_saliency, saliency
@@ -129,6 +130,7 @@ def test_a_run_resumes_from_its_directory(recipe, tmp_path):
         (["agent.network.convolutions=nature"], "vectors need no convolutions"),
         (["environment.normalize_observations=true"], "raw observations"),
         (["agent.replay.capacity=2", "agent.n_step=5"], "too small"),
+        (["saliency_images=3"], "need a dueling network of images"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(recipe, tmp_path, overrides, message):
@@ -185,6 +187,23 @@ def test_saliency_is_the_gradient_of_each_stream(tmp_path):
     assert (tmp_path / "maps.png").stat().st_size > 1000
     with pytest.raises(ModelError, match="dueling"):
         saliency(QNetwork(space, 3, config=QNetworkConfig(convolutions="minatar")), images, values=values)
+
+
+def test_a_run_shows_where_its_network_looks(recipe, tmp_path):
+    """A game of the run's last policy: the observations are those of its greedy actions, evenly spread."""
+    pytest.importorskip("minatar")
+    file = FOLDER / "rainbow_minatar_breakout.yaml"
+    run(recipe, file, tmp_path / "run", "saliency_images=3")
+    assert (tmp_path / "run/saliency.png").stat().st_size > 1000
+    settings = load_config(recipe.CONFIG, file, ["environment.num_envs=1"])
+    policy = load(tmp_path / "run/policy")
+    environments = make_environments(settings.environment, images=True)
+    seen = greedy_observations(policy, environments, EvaluationConfig(max_steps=30))
+    frame, _ = environments.reset(seed=[int(np.random.SeedSequence(EvaluationConfig().seed).generate_state(1)[0])])
+    for shown in seen:
+        assert np.array_equal(shown, frame[0])
+        frame, *_ = environments.step(policy.greedy(frame.astype(np.uint8)))
+    environments.close()
 
 
 ATARI = {
