@@ -54,6 +54,7 @@ __all__ = [
     "GreedyBaseline",
     "GroupRelative",
     "GroupRelativeParts",
+    "Imitation",
     "Kl",
     "KlCoefficientConfig",
     "KlInLoss",
@@ -267,6 +268,18 @@ class AdaptiveEntropy(Config):
     """Added, or taken away, once per policy update."""
 
 
+class Imitation(Config):
+    """Adds coefficient x the mean of -log pi over the rows that succeeded: the policy learns its own good answers.
+
+    Averaged as the surrogate is, over these rows alone. Source: VAPO, https://arxiv.org/abs/2504.05118, equations 8
+    and 9, where rows are answers that the verifier accepts, and the coefficient is .1.
+    """
+
+    coefficient: float = Field(default=0.1, gt=0)
+    above: float = 0.0
+    """Rows whose score, the sum of their rewards without any KL penalty, exceeds this count as successes."""
+
+
 # --- the row ------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +299,8 @@ class AlgorithmConfig(Config):
     """Entropy bonus per action, aggregated as the surrogate is."""
     adaptive_entropy: AdaptiveEntropy | None = None
     """Steers the coefficient, from entropy_coef on, towards a target entropy; null keeps it as it is."""
+    imitation: Imitation | None = None
+    """A likelihood loss on the rollout's successes beside the policy loss; null: off."""
     rollout_correction: RolloutCorrection | None = None
     """Importance weights against sampling_log_probs; None trusts the engine."""
     off_policy_threshold: float | None = Field(default=None, ge=0)

@@ -17,6 +17,7 @@ from rlhf.core.advantages import (
     n_step_returns,
     rewards_to_go,
 )
+from rlhf.core.aggregation import denominator
 from rlhf.core.algorithm import (
     AlgorithmConfig,
     BestOfGroup,
@@ -78,6 +79,7 @@ def estimate(
         old_values=rollout.values if algorithm.needs_critic else None,
         ref_log_probs=rollout.ref_log_probs,
         weights=_weights(rollout, algorithm),
+        imitation=_imitation(rollout, algorithm, reduce),
         behaviour_log_probs=_behaviour(rollout) if algorithm.off_policy_threshold is not None else None,
     )
     if getattr(algorithm.advantages, "standardize", "none") == "batch":
@@ -205,6 +207,17 @@ def _weights(rollout: Rollout, algorithm: AlgorithmConfig) -> Tensor | None:
         by_time = state_weights(rollout.action_mask, episode_ends=rollout.episode_ends, discount=discount)
         weights = by_time if weights is None else weights * by_time
     return weights
+
+
+def _imitation(rollout: Rollout, algorithm: AlgorithmConfig, reduce: Reduce) -> Tensor | None:
+    """What the log-likelihood of each action counts: coefficient x all / successes, so that successes are averaged."""
+    if algorithm.imitation is None:
+        return None
+    mask, succeeded = rollout.action_mask, rollout.scores > algorithm.imitation.above
+    counts = torch.stack([denominator(rows, algorithm.aggregation) for rows in (mask, mask[succeeded])])
+    everything, successes = reduce(counts).unbind()
+    factor = algorithm.imitation.coefficient * everything / successes.clamp(min=1)
+    return torch.where(mask & succeeded[:, None], factor, 0.0)
 
 
 def _require(rollout: Rollout, algorithm: AlgorithmConfig) -> None:

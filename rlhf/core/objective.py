@@ -41,7 +41,7 @@ class LossSums(NamedTuple):
     """What some rows contribute; sums of several microbatches add up."""
 
     policy: Tensor
-    """Scalar numerator of the policy part: surrogate, KL in the loss, entropy bonus."""
+    """Scalar numerator of the policy part: surrogate, KL in the loss, entropy bonus, imitation."""
     value: Tensor
     """Scalar numerator of the value part, coefficient included; 0 without a critic."""
     metrics: Tensor
@@ -72,6 +72,8 @@ class Objective:
             names.append("value_loss")
         if algorithm.off_policy_threshold is not None:
             names.append("off_policy_dropped")
+        if algorithm.imitation is not None:
+            names.append("imitation_loss")
         self.metric_names: tuple[str, ...] = tuple(names)
 
     def denominators(self, action_mask: Tensor) -> Tensor:
@@ -128,6 +130,8 @@ class Objective:
         entropy_coef = self.algorithm.entropy_coef if entropy_coef is None else entropy_coef
         if entropy_coef != 0.0:
             losses = losses - entropy_coef * output.entropy
+        if self.algorithm.imitation is not None:
+            losses = losses - present(experience.imitation) * output.log_probs
         value_losses = self._value_losses(output, experience, clip_scale)
         return LossSums(
             policy=aggregate(losses, mask, self.algorithm.aggregation),
@@ -247,6 +251,8 @@ class Objective:
             columns.append(value_losses)
         if dropped is not None:
             columns.append(dropped.to(ratio.dtype))
+        if self.algorithm.imitation is not None:
+            columns.append(-present(experience.imitation) * output.log_probs)
         stacked = torch.stack(columns)
         kept = stacked if experience.complete else torch.where(experience.action_mask, stacked, 0.0)
         return kept.sum(dim=(1, 2))

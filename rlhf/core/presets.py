@@ -176,7 +176,8 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
         surrogate=Clipped(clip_low=0.2, clip_high=0.2),
         kl=KlInLoss(estimator="k2", against="reference", coefficient=FixedKl(value=0.01)),
     ),
-    # Yue et al. 2025, https://arxiv.org/abs/2504.05118, without its likelihood term on correct samples.
+    # Yue et al. 2025, https://arxiv.org/abs/2504.05118, without its likelihood of correct samples:
+    # imitation: {coefficient: 0.1} adds it.
     "vapo": AlgorithmConfig(
         advantages=Gae(discount=1.0, length_adaptive=0.05, critic_lambda=1.0, standardize="batch"),
         surrogate=Clipped(clip_low=0.2, clip_high=0.28),

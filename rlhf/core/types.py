@@ -100,6 +100,8 @@ class Experience:
     ref_log_probs: Tensor | None = None
     weights: Tensor | None = None
     """[B, T] detached factors of the surrogate (a correction for the generation engine, discount^t), or None."""
+    imitation: Tensor | None = None
+    """[B, T] factors of the likelihood of the rollout's successes, 0 on other rows, or None."""
     behaviour_log_probs: Tensor | None = None
     """[B, T] log-probs under what drew the actions, where rows that have drifted too far from it are left out."""
     complete: bool = False

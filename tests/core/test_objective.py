@@ -15,6 +15,7 @@ from rlhf.core.algorithm import (
     FixedLength,
     Gae,
     GroupRelative,
+    Imitation,
     KlInLoss,
     LeaveOneOut,
     PolicyGradient,
@@ -24,8 +25,9 @@ from rlhf.core.algorithm import (
     TokenMean,
     Unclipped,
 )
+from rlhf.core.estimate import estimate
 from rlhf.core.objective import Objective
-from rlhf.core.types import Experience, PolicyOutput
+from rlhf.core.types import Experience, PolicyOutput, Rollout
 from rlhf.errors import UserError
 
 MASK = torch.tensor([[True, True], [True, False]])
@@ -124,6 +126,30 @@ def test_engine_weights_multiply_the_gain_but_not_the_kl():
     algorithm = rows(kl=KlInLoss(estimator="k3"), surrogate=Unclipped())
     expected = -(2 * 1.5 + 0 - 0.5 * 1.0) / 3 + 0.1 * (0.19314718 + 2 * 0.30685282) / 3
     assert loss_of(algorithm, kl_coef=0.1, weights=weights) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "likelihood"),
+    [
+        # log .75, .25 in the row that succeeded, .25 in the one that did not, log 4 = 1.38629436.
+        (TokenMean(), (0.28768207 + 1.38629436) / 2),
+        (SequenceMean(), (0.28768207 + 1.38629436) / 2),
+        (SequenceSum(), 0.28768207 + 1.38629436),
+        (FixedLength(length=10), (0.28768207 + 1.38629436) / 10),
+    ],
+)
+def test_imitation_is_the_mean_likelihood_of_the_successes(aggregation, likelihood):
+    algorithm = rows(aggregation=aggregation, imitation=Imitation(coefficient=0.1, above=0.5))
+    rollout = Rollout(
+        inputs={}, actions=torch.zeros(2, 2, dtype=torch.int64), action_mask=MASK, old_log_probs=OLD,
+        rewards=torch.tensor([[0.0, 1.0], [0.5, 7.0]], dtype=torch.float64),  # 7.0 is masked; .5 is not above .5
+        episode_ends=MASK, group_ids=torch.tensor([0, 0]),
+    )  # fmt: skip
+    weights = estimate(rollout, algorithm).imitation
+    without = loss_of(rows(aggregation=aggregation))
+    assert loss_of(algorithm, imitation=weights) - without == pytest.approx(0.1 * likelihood, abs=1e-7)
+    nothing = algorithm.model_copy(update={"imitation": Imitation(above=2.0)})
+    assert estimate(rollout, nothing).imitation.eq(0).all()  # nobody succeeded: no term, and no division by 0
 
 
 def test_clip_scale_anneals_both_ranges():

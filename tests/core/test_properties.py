@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.core.algorithm import AlgorithmConfig, KlInLoss, LeaveOneOut, MaskedWeights, TruncatedWeights
+from rlhf.core.algorithm import AlgorithmConfig, Imitation, KlInLoss, LeaveOneOut, MaskedWeights, TruncatedWeights
 from rlhf.core.estimate import estimate, standardize_advantages
 from rlhf.core.objective import Objective
 from rlhf.core.presets import ALGORITHMS
@@ -39,6 +39,7 @@ PRESETS["grpo, stale rows left out, advantages clipped"] = PRESETS["grpo"].model
 PRESETS["ppo_rlhf, rewards whitened, discount^t"] = PRESETS["ppo_rlhf"].model_copy(
     update={"whiten_rewards": True, "discounted_state_weight": True}
 )
+PRESETS["vapo, imitation"] = PRESETS["vapo"].model_copy(update={"imitation": Imitation(above=0.1)})
 KL_COEF = 0.3
 every_preset = pytest.mark.parametrize("name", list(PRESETS))
 

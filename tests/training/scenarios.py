@@ -13,7 +13,7 @@ from small_worlds import (
     without_rows,
 )
 
-from rlhf.core.algorithm import AlgorithmConfig
+from rlhf.core.algorithm import AlgorithmConfig, Imitation
 from rlhf.core.presets import ALGORITHMS
 from rlhf.training.learner import Learner
 from rlhf.training.update_config import UpdateConfig
@@ -97,8 +97,9 @@ def make_imitation(accelerator):
     return ImitationLoss(texts, tokenizer=tokenizer, config=config, accelerator=accelerator)
 
 
-def whitened_advantages(*, rank, accelerator=None):
-    """What `estimate` makes of rows spread unevenly over two processes, standardized over the whole rollout."""
+def credited(*, rank, accelerator=None):
+    """What `estimate` makes of rows spread unevenly over two processes: advantages standardized over the whole
+    rollout, and factors of imitation, [2, B, T]."""
     from small_worlds import GuessingGame
 
     from rlhf.core.estimate import estimate
@@ -118,7 +119,9 @@ def whitened_advantages(*, rank, accelerator=None):
         group_ids=torch.cat([part.group_ids for part in rollouts]),
         **{name: torch.cat([getattr(part, name) for part in rollouts]) for name in names},
     )
-    return estimate(both if rank is None else rollouts[rank], change("ppo_rlhf"), kl_coef=0.1, **reduce).advantages
+    algorithm = change("ppo_rlhf", imitation=Imitation(above=0.2))
+    found = estimate(both if rank is None else rollouts[rank], algorithm, kl_coef=0.1, **reduce)
+    return torch.stack([found.advantages, found.imitation])
 
 
 def run_whole_and_resumed(folder, accelerator):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import SCENARIOS, train, whitened_advantages
+from scenarios import SCENARIOS, credited, train
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -30,7 +30,7 @@ def outcomes(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in (0, 1)]
-        for name in [*SCENARIOS, "run", "whitened"]
+        for name in [*SCENARIOS, "run", "credited"]
     } | {"folder": folder}
 
 
@@ -60,11 +60,14 @@ def test_the_early_stop_happened(outcomes):
     assert 0 < outcomes["gym_early_stop"][0]["metrics"]["epochs_run"] < 8
 
 
-def test_advantages_are_whitened_over_all_processes(outcomes):
-    whole = whitened_advantages(rank=None)
-    first, second = outcomes["whitened"]
-    torch.testing.assert_close(torch.cat([first, second]), whole, atol=1e-5, rtol=1e-4)
-    assert abs(first[first != 0].mean()) > 0.01, "each process by itself would have a mean of 0"
+def test_credit_is_assigned_over_all_processes(outcomes):
+    whole = credited(rank=None)
+    first, second = outcomes["credited"]
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole, atol=1e-5, rtol=1e-4)
+    advantages, imitation = first
+    assert abs(advantages[advantages != 0].mean()) > 0.01, "each process by itself would have a mean of 0"
+    alone = 0.1 * (advantages != 0).sum() / (imitation != 0).sum()
+    assert abs(imitation.max() / alone - 1) > 0.01, "each process by itself would count its own successes"
 
 
 def test_a_run_of_two_processes_resumes_bit_by_bit(outcomes):

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from scenarios import SCENARIOS, run_whole_and_resumed, train, whitened_advantages
+from scenarios import SCENARIOS, credited, run_whole_and_resumed, train
 
 from rlhf.training.distributed import end_worker, make_accelerator
 
@@ -16,7 +16,7 @@ def main(folder):
     for name, scenario in SCENARIOS.items():
         weights, metrics = train(scenario, rank=rank, accelerator=accelerator)
         torch.save({"weights": weights, "metrics": metrics}, Path(folder) / f"{name}_{rank}.pt")
-    torch.save(whitened_advantages(rank=rank, accelerator=accelerator), Path(folder) / f"whitened_{rank}.pt")
+    torch.save(credited(rank=rank, accelerator=accelerator), Path(folder) / f"credited_{rank}.pt")
     torch.save(run_whole_and_resumed(folder, accelerator), Path(folder) / f"run_{rank}.pt")
 
 
