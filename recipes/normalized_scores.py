@@ -23,7 +23,7 @@ class NormalizedScoresConfig(Config):
     """Which runs stand beside the published numbers."""
 
     runs: dict[str, str] = {}
-    """Atari environment id -> directory of a finished `off_policy` run; its summary's evaluation return is taken."""
+    """Atari environment id -> directory of a finished `off_policy` or `on_policy` run, whose evaluation is taken."""
     run: RunConfig = RunConfig()
 
 
@@ -47,15 +47,16 @@ def main(config: NormalizedScoresConfig) -> dict[str, float]:
         score, game = summary["metrics"]["evaluation/return_mean"], game_name(environment)
         value = human_normalized(score, random=references.random[game], human=references.human[game])
         numbers[game] = value
-        own.append([game, f"{score:.1f}", f"{value:.1%}", summary["config_name"], str(summary["seed"])])
+        steps = f"{summary['metrics']['rollout/total_env_steps']:,.0f}"
+        own.append([game, f"{score:.1f}", f"{value:.1%}", steps, summary["config_name"], str(summary["seed"])])
     parts = [
         "# Human-normalized Atari scores",
         "## As published",
         markdown_table(["agent", "starts", "games", "median", "mean", "source"], published),
         "## Recomputed from the per-game tables",
         markdown_table(["table", "median", "mean", "published"], recomputed),
-        "## Own runs (no-op starts, greedy)",
-        markdown_table(["game", "score", "normalized", "config", "seed"], own) if own else "none given",
+        "## Own runs (no-op starts)",
+        markdown_table(["game", "score", "normalized", "steps", "config", "seed"], own) if own else "none given",
     ]
     table = "\n\n".join(parts) + "\n"
     write_report(run, table, numbers)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,7 +17,11 @@ from classic_rl.experiments.normalized_scores import (
     read_scores,
     summarize,
 )
+from rlhf.commands.recipes import find_recipe, import_recipe
+from rlhf.config import load_config
 from rlhf.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[3] / "recipes/configs/normalized_scores"
 
 
 def test_dqns_median_and_mean_are_the_printed_ones():
@@ -85,3 +92,22 @@ def test_the_tables_share_their_random_scores():
     nature, later = read_references("nature_noop"), read_references()
     assert all(later.random[game] == score for game, score in nature.random.items())
     assert np.isfinite(list(later.human.values())).all()
+
+
+def test_own_runs_stand_beside_the_published_ones(tmp_path):
+    """Breakout: random 1.7, human 30.5 (Wang et al. 2016), so that 16.1 is half of a human's way."""
+    summary = {
+        "metrics": {"evaluation/return_mean": 16.1, "rollout/total_env_steps": 601_937.0},
+        "config_name": "atari_breakout_ppo",
+        "seed": 3,
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    recipe = import_recipe(find_recipe("normalized_scores"))
+    overrides = [f"runs={{ale_py:ALE/Breakout-v5: {tmp_path / 'run'}}}", f"run.directory={tmp_path / 'table'}"]
+    metrics = recipe.main(load_config(recipe.CONFIG, CONFIGS / "default.yaml", overrides))
+    assert metrics["breakout"] == pytest.approx(0.5)
+    last = (tmp_path / "table/table.md").read_text().strip().splitlines()[-1]
+    assert [cell.strip() for cell in last.strip("|").split("|")] == [
+        "breakout", "16.1", "50.0%", "601,937", "atari_breakout_ppo", "3",
+    ]  # fmt: skip
