@@ -9,21 +9,32 @@ The loss stays `rlhf.core.objective`'s: only what lies below the policy's three 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from classic_rl.distributions import Categorical, DiagonalGaussian
-from classic_rl.networks import MLP, layers_backward, layers_forward
+from classic_rl.networks import MLP, NetworkConfig, layers_backward, layers_forward
 from rlhf.core.types import PolicyOutput
 from rlhf.training.optimizer import FlatParameters
 
-if TYPE_CHECKING:
-    from classic_rl.policy import ActorCritic
+
+class Parts(Protocol):
+    """What is read of an `ActorCritic`."""
+
+    network_config: NetworkConfig
+    encoder: Any
+    distribution: Any
+    actor: MLP
+    critic: MLP | None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that is trained."""
+        ...
 
 
 class Scored(NamedTuple):
@@ -47,7 +58,7 @@ class FusedPolicy:
         flat: Of its parameters.
     """
 
-    def __init__(self, policy: ActorCritic, flat: FlatParameters) -> None:
+    def __init__(self, policy: Parts, flat: FlatParameters) -> None:
         self.flat, self.distribution = flat, policy.distribution
         self.activation = policy.network_config.activation
         self._memory = flat.parameter.data_ptr()
@@ -139,7 +150,7 @@ def _network_backward(
     layers_backward(slope, hidden, views[0], fused.activation, weight_gradients=out[::2], bias_gradients=out[1::2])
 
 
-def suits_fusion(policy: ActorCritic, flat: FlatParameters) -> bool:
+def suits_fusion(policy: Parts, flat: FlatParameters) -> bool:
     """Whether a policy can be fused.
 
     It can where it is plain networks on vectors, in float32 on the CPU, all of it in the flat tensor, and where its
