@@ -36,7 +36,7 @@ def has_fusible_structure(body: Any, *, adapters: bool = False) -> bool:
     try:
         for module in body.modules():
             # Hooks may want to see or change every step; accelerate replaces `forward` to move weights around.
-            _require(not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module))
+            _require(_runs_its_own_forward(module))
         _require(parts_of(body) == _BODY_PARTS and type(body.embed_tokens) is nn.Embedding)
         _require(type(body.embed_tokens.weight) is nn.Parameter and body.embed_tokens.max_norm is None)
         _require(len(body.layers) == body.config.num_hidden_layers > 0)
@@ -102,7 +102,12 @@ def is_plain_lora(module: Any) -> bool:
 
 def is_plain_linear(module: Any) -> bool:
     """Whether a layer does nothing but multiply by its matrix and add its bias."""
-    return type(module) in (nn.Linear, FastLinear) and type(module.weight) is nn.Parameter
+    known = type(module) in (nn.Linear, FastLinear) and type(module.weight) is nn.Parameter
+    return known and _runs_its_own_forward(module)
+
+
+def _runs_its_own_forward(module: nn.Module) -> bool:
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
 
 
 def norm_epsilon(module: Any) -> Any:

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.lm import decoding, fused_decoding
+from rlhf.lm.backbone import LogitsHead
 from rlhf.lm.cache import InPlaceCache, padding_bias
-from rlhf.lm.fused_decoding import read_fused_step
+from rlhf.lm.fused_decoding import read_fused_step, read_head
 from rlhf.lm.fused_probe import fusing_is_exact
 from rlhf.lm.generation import TransformersGenerator
 from rlhf.lm.loading import LoraSettings, add_lora
@@ -221,6 +222,17 @@ def _without_scaling(self, *args, **kwargs):
 
 def _layer_norm(self, hidden):
     return torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], self.weight, None, self.variance_epsilon)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_head_with_a_hook_runs_itself(dtype):
+    """What the hook does to the logits must reach the sampler, also where products are rounded."""
+    model = fresh_model("llama")
+    head = LogitsHead(model.lm_head)
+    hidden = torch.randn(3, model.lm_head.in_features)
+    plain = read_head(head, dtype)(hidden)
+    model.lm_head.register_forward_hook(lambda _module, _arguments, logits: logits - 60.0)
+    assert torch.allclose(read_head(head, dtype)(hidden), plain - 60.0, atol=1e-1)
 
 
 def test_probe_leaves_the_weights_alone():
