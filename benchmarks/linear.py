@@ -19,8 +19,16 @@ from torch import Tensor, nn
 
 from rlhf.training.linear import _Linear, linear, pack
 
-SHAPES = [(2048, 128, 512), (2048, 512, 128), (2048, 384, 1536), (64, 128, 1024), (64, 384, 1536), (256, 256, 256)]
-SHAPES += [(16, 128, 1024), (16, 384, 3072)]
+SHAPES = [
+    (2048, 128, 512),
+    (2048, 512, 128),
+    (2048, 384, 1536),
+    (64, 128, 1024),
+    (64, 384, 1536),
+    (256, 256, 256),
+    (16, 128, 1024),
+    (16, 384, 3072),
+]
 """Rows, inputs, outputs."""
 RESULTS = Path(__file__).parent / "results" / "linear.md"
 

@@ -62,9 +62,14 @@ class EnvironmentConfig(Config):
     @field_validator("kwargs")
     @classmethod
     def _refuse_rendering(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if "render_mode" in kwargs:
-            raise ValueError("render_mode slows training environments and shows nothing; remove it")
-        return kwargs
+        return refuse_rendering(kwargs)
+
+
+def refuse_rendering(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return an environment's arguments unless they ask for pictures."""
+    if "render_mode" in kwargs:
+        raise ValueError("render_mode slows training environments and shows nothing; remove it")
+    return kwargs
 
 
 def make_environments(config: EnvironmentConfig, *, num_envs: int | None = None, images: bool = False) -> VectorEnv:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from classic_rl.acting import Forward
 from classic_rl.collector import Steps
-from classic_rl.environments import EnvironmentConfig, episode_limit, make_environments
+from classic_rl.environments import EnvironmentConfig, episode_limit, make_environments, refuse_rendering
 from classic_rl.episodes import play_episodes
 from classic_rl.normalization import ObservationNormalizer
 from classic_rl.off_policy import action_masks_of, observation_array, start
@@ -45,6 +45,11 @@ class EvaluationConfig(Config):
         if video:
             require_package()
         return video
+
+    @field_validator("kwargs")
+    @classmethod
+    def _refuse_rendering(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return refuse_rendering(kwargs)
 
     def adapt(self, environment: EnvironmentConfig) -> EnvironmentConfig:
         """The environment in which is evaluated."""

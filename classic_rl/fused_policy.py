@@ -23,7 +23,7 @@ from rlhf.core.types import PolicyOutput
 from rlhf.training.optimizer import FlatParameters
 
 
-class Parts(Protocol):
+class FusiblePolicy(Protocol):
     """What is read of an `ActorCritic`."""
 
     network_config: NetworkConfig
@@ -58,7 +58,7 @@ class FusedPolicy:
         flat: Of its parameters.
     """
 
-    def __init__(self, policy: Parts, flat: FlatParameters) -> None:
+    def __init__(self, policy: FusiblePolicy, flat: FlatParameters) -> None:
         self.flat, self.distribution = flat, policy.distribution
         self.activation = policy.network_config.activation
         self._memory = flat.parameter.data_ptr()
@@ -150,7 +150,7 @@ def _network_backward(
     layers_backward(slope, hidden, views[0], fused.activation, weight_gradients=out[::2], bias_gradients=out[1::2])
 
 
-def suits_fusion(policy: Parts, flat: FlatParameters) -> bool:
+def suits_fusion(policy: FusiblePolicy, flat: FlatParameters) -> bool:
     """Whether a policy can be fused.
 
     It can where it is plain networks on vectors, in float32 on the CPU, all of it in the flat tensor, and where its

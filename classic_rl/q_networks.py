@@ -181,8 +181,8 @@ class Scale(nn.Module):
     Args:
         factor: The factor.
         channels_last: Whether images come as [B, H, W, C].
-        memory_format: How the floats lie in memory. A CPU convolves Nature's frames in half the time where the
-            channels of a pixel are neighbours, and MinAtar's small boards sooner where they are not.
+        memory_format: How the floats lie in memory: a CPU convolves Nature's frames sooner where the channels of a
+            pixel are neighbours, MinAtar's small boards where they are not.
     """
 
     def __init__(self, factor: float, *, channels_last: bool, memory_format: torch.memory_format) -> None:

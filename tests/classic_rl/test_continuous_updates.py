@@ -297,7 +297,7 @@ def critic_members(model):
     return [model.critic.qf0, model.critic.qf1]
 
 
-def compare(stack, modules, *, tolerance):
+def assert_same_parameters(stack, modules, *, tolerance):
     for member, module in zip(Layers(stack).members, modules, strict=True):
         ours, theirs = list(member.parameters()), list(module.parameters())
         assert_close(ours, theirs, rtol=1e-3, atol=tolerance)
@@ -319,8 +319,8 @@ def test_sac_is_stable_baselines3s(continuous, monkeypatch):
     model.train(1, batch_size=32)
     assert not noise
     agent.update(env_steps=0)
-    compare(agent.critics.network, critic_members(model), tolerance=2e-5)
-    compare(agent.targets.network, [model.critic_target.qf0, model.critic_target.qf1], tolerance=2e-5)
+    assert_same_parameters(agent.critics.network, critic_members(model), tolerance=2e-5)
+    assert_same_parameters(agent.targets.network, [model.critic_target.qf0, model.critic_target.qf1], tolerance=2e-5)
     (actor,) = Layers(agent.actor.network.trunk).members
     assert_close(actor[0].weight.data, model.actor.latent_pi[0].weight.data, rtol=1e-3, atol=2e-5)
     assert_close(actor[-1].weight.data[:1], model.actor.mu.weight.data, rtol=1e-3, atol=2e-5)
@@ -342,10 +342,12 @@ def test_td3_is_stable_baselines3s(continuous, monkeypatch):
     model.train(1, batch_size=32)
     monkeypatch.undo()
     agent.update(env_steps=0)
-    compare(agent.critics.network, critic_members(model), tolerance=2e-5)
-    compare(agent.target_critics.network, [model.critic_target.qf0, model.critic_target.qf1], tolerance=2e-5)
-    compare(agent.actor.network.trunk, [model.actor.mu], tolerance=2e-5)
-    compare(agent.target_actor.network.trunk, [model.actor_target.mu], tolerance=2e-5)
+    assert_same_parameters(agent.critics.network, critic_members(model), tolerance=2e-5)
+    assert_same_parameters(
+        agent.target_critics.network, [model.critic_target.qf0, model.critic_target.qf1], tolerance=2e-5
+    )
+    assert_same_parameters(agent.actor.network.trunk, [model.actor.mu], tolerance=2e-5)
+    assert_same_parameters(agent.target_actor.network.trunk, [model.actor_target.mu], tolerance=2e-5)
 
 
 def test_learning_rates_fall_with_the_run(continuous):

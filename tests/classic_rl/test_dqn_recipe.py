@@ -130,6 +130,7 @@ def test_a_run_resumes_from_its_directory(recipe, tmp_path):
         (["agent.network.convolutions=nature"], "vectors need no convolutions"),
         (["environment.normalize_observations=true"], "raw observations"),
         (["agent.replay.capacity=2", "agent.n_step=5"], "too small"),
+        (["evaluation.kwargs={render_mode: human}"], "render_mode slows"),
         (["saliency_images=3"], "need a dueling network of images"),
     ],
 )
@@ -190,7 +191,7 @@ def test_saliency_is_the_gradient_of_each_stream(tmp_path):
 
 
 def test_a_run_shows_where_its_network_looks(recipe, tmp_path):
-    """A game of the run's last policy: the observations are those of its greedy actions, evenly spread."""
+    """The observations are those of the run's last policy, acting greedily."""
     pytest.importorskip("minatar")
     file = FOLDER / "rainbow_minatar_breakout.yaml"
     run(recipe, file, tmp_path / "run", "saliency_images=3")

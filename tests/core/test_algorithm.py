@@ -99,14 +99,16 @@ def test_single_settings_are_checked(build, sentence):
 def test_what_has_a_meaning_is_allowed():
     # The PPO paper's penalty, k1 where it is not void: against the old policy it is the gradient of KL(old || policy).
     for estimator in ("k1", "k2", "k3"):
-        KlInLoss(estimator=estimator, against="old_policy")
+        assert KlInLoss(estimator=estimator, against="old_policy").estimator == estimator
     for estimator in ("k2", "k3", "k3_straight_through", "k3_weighted"):
-        KlInLoss(estimator=estimator)
-    AlgorithmConfig(advantages=RewardsToGo(baseline="value"), value_loss=SquaredValueLoss())
-    AlgorithmConfig(advantages=LeaveOneOut(), ratio="sequence_product", aggregation=SequenceMean())
+        assert KlInLoss(estimator=estimator).against == "reference"
+    assert AlgorithmConfig(advantages=RewardsToGo(baseline="value"), value_loss=SquaredValueLoss()).wants_values
+    exact = AlgorithmConfig(advantages=LeaveOneOut(), ratio="sequence_product", aggregation=SequenceMean())
+    assert exact.ratio == "sequence_product"
     # LUSPO: a length-weighted geometric mean on purpose (TRL's loss_type "luspo").
-    AlgorithmConfig(advantages=GroupRelative(), ratio="sequence_geometric_mean", aggregation=SequenceSum())
-    MaskedWeights(low=0.0, high=1.0)
+    luspo = AlgorithmConfig(advantages=GroupRelative(), ratio="sequence_geometric_mean", aggregation=SequenceSum())
+    assert isinstance(luspo.aggregation, SequenceSum)
+    assert MaskedWeights(low=0.0, high=1.0).low == 0.0
 
 
 @pytest.mark.parametrize(

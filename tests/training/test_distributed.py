@@ -43,7 +43,7 @@ def test_unsupported_set_ups_are_refused(kind, fsdp2, precision, message):
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.FSDP])
 def test_supported_set_ups_are_not(kind):
-    refuse_unsupported(stand_in(kind))
+    assert refuse_unsupported(stand_in(kind)) is None
 
 
 def test_weights_that_accelerate_would_load_anew_are_refused():

@@ -47,7 +47,7 @@ def test_reinforce_is_unbiased(episodes, logits, form):
 def test_trajectory_credit_is_the_whole_return(episodes, logits):
     """Row 40: (sum dlog pi)(sum r): the same number at every step."""
     coefficients = coefficients_of(episodes, logits, FORMS["trajectory"])
-    close(coefficients, episodes.rewards.sum(dim=1, keepdim=True).expand(-1, 3))
+    assert torch.allclose(coefficients, episodes.rewards.sum(dim=1, keepdim=True).expand(-1, 3))
 
 
 def test_causality_lowers_the_variance_and_not_the_mean(episodes, logits):
