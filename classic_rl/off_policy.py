@@ -175,7 +175,7 @@ class Player:
     def _step(self, returns: list[float], lengths: list[int]) -> None:
         """One step of every environment."""
         observations, masks, mask = self.observations, self.action_masks, ~self.ended
-        actions = self.agent.act(observations, env_steps=self.env_steps, **_given(action_masks=masks))
+        actions = self.agent.act(observations, env_steps=self.env_steps, action_masks=masks)
         new, rewards, terminated, truncated, infos = self.environments.step(self.agent.to_environment(actions))
         self.observations = observation_array(self.space, new)
         if masks is not None:
@@ -188,7 +188,8 @@ class Player:
             terminated=terminated,
             truncated=truncated,
             mask=mask,
-            **_given(action_masks=masks, next_action_masks=self.action_masks),
+            action_masks=masks,
+            next_action_masks=self.action_masks,
         )
         made = int(np.count_nonzero(mask))
         self.env_steps += made
@@ -196,7 +197,7 @@ class Player:
         self.episode_returns += rewards  # 0 on reset steps
         self.episode_lengths += mask
         self.ended = terminated | truncated
-        if self.ended.any():
+        if np.count_nonzero(self.ended):
             returns.extend(self.episode_returns[self.ended].tolist())
             lengths.extend(self.episode_lengths[self.ended].tolist())
             self.episode_returns[self.ended], self.episode_lengths[self.ended] = 0, 0
@@ -254,10 +255,6 @@ class Player:
         restore(self.environments, state["environments"])
         for name in self._EPISODES:
             setattr(self, name, _copied(state[name]))
-
-
-def _given(**arguments: Any) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _copied(value: np.ndarray | None) -> np.ndarray | None:

@@ -153,7 +153,7 @@ class ReplayBuffer:
         if not self._continues:
             self._observations[head] = observations
             self._filled, self._continues = max(1, self._filled), True
-        elif not np.array_equal(self._observations[head], observations):
+        elif not (self._observations[head] == observations).all():
             raise TrainingError(
                 "the observations do not continue the steps stored before",
                 where="ReplayBuffer.add",
