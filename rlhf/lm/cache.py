@@ -16,6 +16,9 @@ INITIAL_COLUMNS = 256
 """Columns allocated at first; storage then doubles, so that short answers need no long storage."""
 ACROSS_COLUMNS = 64
 """Keys that lie across are read with all columns of their storage, which therefore grows in steps of this many."""
+ACROSS_EXTRA = 16
+"""Columns beyond such a step: a new column is one number in every line, and lines a power of two apart would share few
+places of the processor's cache."""
 
 
 class InPlaceLayer(CacheLayerMixin):
@@ -145,7 +148,7 @@ class InPlaceLayer(CacheLayerMixin):
             key_columns: Of keys that lie across.
         """
         if self.keys_across:
-            wide = key_columns + -key_columns % ACROSS_COLUMNS
+            wide = key_columns + (ACROSS_EXTRA - key_columns) % ACROSS_COLUMNS
             self.keys = self.keys.new_empty(self.rows, self.keys.shape[1], self.keys.shape[3], wide).transpose(2, 3)
             if columns is not None:
                 self.values = _storage(self.values, self.rows, columns)

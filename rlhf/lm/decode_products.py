@@ -14,8 +14,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
+SUM = 0
+"""embedding_bag's number for sums."""
 _HAS_KERNEL = platform.machine().lower() in ("x86_64", "amd64")
 """The kernel that fetches ahead (FBGEMM) is made for these."""
 
@@ -40,8 +41,7 @@ def match_keys(queries: Tensor, keys: Tensor) -> Tensor:
     # Whole lines, those of columns yet to be written too: parts of lines would be fetched more slowly.
     table = keys.as_strided((rows * heads * width, capacity), (capacity, 1))
     lines = _places(rows * heads, width, width)
-    scores = embedding_bag(lines, table, mode="sum", per_sample_weights=queries.reshape(-1, width))
-    return scores[:, None, :columns]
+    return _weighted_sums(table, lines, queries.reshape(-1))[:, None, :columns]
 
 
 def weigh_values(weights: Tensor, values: Tensor) -> Tensor:
@@ -59,7 +59,13 @@ def weigh_values(weights: Tensor, values: Tensor) -> Tensor:
     # The last row and head may end at their last column.
     table = values.as_strided((rows * heads * capacity - (capacity - columns), width), (width, 1))
     places = _places(rows * heads, columns, capacity)
-    return embedding_bag(places, table, mode="sum", per_sample_weights=weights.squeeze(1)).unsqueeze(1)
+    return _weighted_sums(table, places, weights.view(-1)).unsqueeze(1)
+
+
+def _weighted_sums(table: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """[N, D] sums of lines of a table [., D]: those at places [N, L], times weights [N * L]."""
+    starts = _starts(*places.shape)
+    return torch.embedding_bag(table, places.view(-1), starts, False, SUM, False, weights)[0]
 
 
 def _is_plain(factors: Tensor, stored: Tensor, lines: int) -> bool:
@@ -79,3 +85,9 @@ def _places(rows: int, lines: int, distance: int) -> Tensor:
     """[rows, lines] int32: the first lines of rows that stand `distance` lines apart; all layers ask for the same."""
     starts = torch.arange(rows, dtype=torch.int32)[:, None] * distance
     return starts + torch.arange(lines, dtype=torch.int32)
+
+
+@lru_cache(maxsize=4)
+def _starts(rows: int, lines: int) -> Tensor:
+    """[rows] int32: where each row of [rows, lines] begins when both are one axis."""
+    return torch.arange(0, rows * lines, lines, dtype=torch.int32)
