@@ -79,7 +79,7 @@ class Ours:
             old_log_probs=old_log_probs,
             samples=0,
         )
-        tokens = 2**15 if gpu else 4096
+        tokens = 2**15 if gpu else 4608
         update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=tokens, adam_epsilon=1e-8)
         self.algorithm = algorithm
         self.learner = Learner(policy, algorithm, update, accelerator=accelerator)

@@ -17,8 +17,8 @@ INITIAL_COLUMNS = 256
 ACROSS_COLUMNS = 64
 """Keys that lie across are read with all columns of their storage, which therefore grows in steps of this many."""
 ACROSS_EXTRA = 16
-"""Columns beyond such a step: a new column is one number in every line, and lines a power of two apart would share few
-places of the processor's cache."""
+"""Columns beyond such a step, 64 bytes: a new column is one number in every line, and lines whose distance is a high
+power of two share few places of the processor's cache; an odd multiple of 64 bytes spreads them."""
 
 
 class InPlaceLayer(CacheLayerMixin):
@@ -148,7 +148,11 @@ class InPlaceLayer(CacheLayerMixin):
             key_columns: Of keys that lie across.
         """
         if self.keys_across:
-            wide = key_columns + (ACROSS_EXTRA - key_columns) % ACROSS_COLUMNS
+            needed = max(self.capacity - self.offset, key_columns)
+            wide = min(
+                key_columns + (ACROSS_EXTRA - key_columns) % ACROSS_COLUMNS,
+                needed + (ACROSS_EXTRA - needed) % (2 * ACROSS_EXTRA),
+            )
             self.keys = self.keys.new_empty(self.rows, self.keys.shape[1], self.keys.shape[3], wide).transpose(2, 3)
             if columns is not None:
                 self.values = _storage(self.values, self.rows, columns)

@@ -31,6 +31,7 @@ from rlhf.training.linear import linear, linear_onto, pack
 
 STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}
 """Rotary types whose angles depend on the position alone; others look at the batch's greatest position."""
+FULL_PRECISION = (torch.float32, torch.float64)
 MERGE_LIMITS = {"cpu": 2**22, "cuda": 2**24}
 """Elements up to which matrices are merged, and packed on a CPU. Beyond, a copy takes too much memory."""
 
@@ -42,6 +43,23 @@ class _Norm:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+@dataclass(frozen=True)
+class _Length:
+    """RMSNorm as a division by a length: three operations where torch's own norm makes seven on a CPU.
+
+    x / sqrt(mean(x^2) + epsilon) = sqrt(H) x / hypot(|x|, sqrt(H epsilon)), times the norm's weight.
+    """
+
+    floor: Tensor
+    """sqrt(H epsilon)."""
+    weight: Tensor | None = None
+    """The norm's weight times sqrt(H); None where both are in the matrix that follows."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        divided = hidden / torch.hypot(torch.linalg.vector_norm(hidden, dim=-1, keepdim=True), self.floor)
+        return divided if self.weight is None else divided.mul_(self.weight)
 
 
 @dataclass(frozen=True)
@@ -101,22 +119,15 @@ class _Projection:
 
 @dataclass(frozen=True)
 class _NormedProjection:
-    """A norm and the map of what it returns.
-
-    With the norm's weight in the matrix, RMSNorm is a division by a length:
-    x / sqrt(mean(x^2) + epsilon) = sqrt(H) x / hypot(|x|, sqrt(H epsilon)), and sqrt(H) is in the matrix too.
-    """
+    """A norm and the map of what it returns."""
 
     norm: _Norm
     projection: _Projection
-    floor: Tensor | None
-    """sqrt(H epsilon) where the norm's weight is part of the matrix, else None."""
+    length: _Length | None
+    """What is left of the norm where its weight is in the matrix, else None."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self.floor is None:
-            return self.projection(self.norm(hidden))
-        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-        return self.projection(hidden / torch.hypot(length, self.floor))
+        return self.projection(self.norm(hidden) if self.length is None else self.length(hidden))
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ class FusedStep:
 
     def __init__(self, body: Any, layers: list[_Layer], *, positions: int = 0) -> None:
         self.embedding: Tensor = body.embed_tokens.weight
-        self.rotary, self.norm, self.layers = body.rotary_emb, _read_norm(body.norm), layers
+        self.rotary, self.norm, self.layers = body.rotary_emb, _read_last_norm(body.norm), layers
         half = layers[0].head_dim // 2
         self.signs = torch.ones(2 * half, dtype=self.embedding.dtype, device=self.embedding.device)
         self.signs[:half] = -1.0
@@ -296,6 +307,20 @@ def _read_norm(module: Any) -> _Norm:
     return _Norm(weight=module.weight.detach(), epsilon=norm_epsilon(module))
 
 
+def _read_last_norm(module: Any) -> _Norm | _Length:
+    norm = _read_norm(module)
+    if norm.weight.device.type != "cpu" or norm.weight.dtype not in FULL_PRECISION:
+        return norm
+    floor, scale = _floor_and_scale(norm)
+    return _Length(floor, norm.weight * scale)
+
+
+def _floor_and_scale(norm: _Norm) -> tuple[Tensor, float]:
+    """sqrt(H epsilon) and sqrt(H)."""
+    width = len(norm.weight)
+    return norm.weight.new_tensor((width * norm.epsilon) ** 0.5), width**0.5
+
+
 def _read_head_norms(attention: Any, query_heads: int, key_heads: int) -> _Norm:
     """The query and the key norm as one; both are over the head's width, not over all heads together."""
     norms = (_read_norm(attention.q_norm), _read_norm(attention.k_norm))
@@ -336,8 +361,8 @@ def _read_normed(norm_module: Any, *modules: Any, dtype: torch.dtype | None) -> 
     norm, projection = _read_norm(norm_module), _read_projection(*modules, dtype=dtype)
     weight, bias = projection.maps[0].weight, projection.maps[0].bias
     # Only a merged matrix is ours to change; in 16 bits, the product of two weights would be rounded once more.
-    if len(projection.maps) > 1 or weight.dtype not in (torch.float32, torch.float64):
+    if len(projection.maps) > 1 or weight.dtype not in FULL_PRECISION:
         return _NormedProjection(norm, projection.pack(), None)
-    width = weight.shape[1]
-    folded = _Projection([_Map(weight * (norm.weight * width**0.5), bias)]).pack()
-    return _NormedProjection(norm, folded, weight.new_tensor((width * norm.epsilon) ** 0.5))
+    floor, scale = _floor_and_scale(norm)
+    folded = _Projection([_Map(weight * (norm.weight * scale), bias)]).pack()
+    return _NormedProjection(norm, folded, _Length(floor))
