@@ -49,7 +49,9 @@ class MinAtarGame(gymnasium.Env[np.ndarray, int]):
         self.render_mode = render_mode
         try:
             from minatar import Environment
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if error.name != "minatar":
+                raise
             raise gymnasium.error.DependencyNotInstalled("pip install minatar") from error
         self._game = Environment(game, sticky_action_prob=sticky_actions, difficulty_ramping=difficulty_ramping)
         self._actions = self._game.minimal_action_set()
