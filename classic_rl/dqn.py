@@ -136,16 +136,16 @@ class DQN:
         """Epsilon-greedy actions [N]; random ones are drawn among the valid ones."""
         epsilon, count = self.epsilon(env_steps), len(observations)
         random = self.generator.random(count) < epsilon
-        drawn_count = np.count_nonzero(random)
+        explorers = np.count_nonzero(random)
         if self.config.network.noisy:
             resample_noise(self.online.network.noisy_layers, self.noise_generator)
-        if drawn_count == 0:
+        if explorers == 0:
             return self.policy.best(observations, action_masks=action_masks)
         if action_masks is None:
             drawn = self.generator.integers(self.num_actions, size=count)
         else:
             drawn = np.where(action_masks, self.generator.random(action_masks.shape), -1.0).argmax(axis=1)
-        if drawn_count == count:
+        if explorers == count:
             return drawn
         return np.where(random, drawn, self.policy.best(observations, action_masks=action_masks))
 

@@ -153,7 +153,7 @@ class ReplayBuffer:
         if not self._continues:
             self._observations[head] = observations
             self._filled, self._continues = max(1, self._filled), True
-        elif not (self._observations[head] == observations).all():
+        elif observations.shape != self._observations[head].shape or (observations != self._observations[head]).any():
             raise TrainingError(
                 "the observations do not continue the steps stored before",
                 where="ReplayBuffer.add",

@@ -47,7 +47,7 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Length:
-    """RMSNorm as a division by a length: three operations where torch's own norm makes seven on a CPU.
+    """RMSNorm as a division by a length: half the operations of torch's own on a CPU.
 
     x / sqrt(mean(x^2) + epsilon) = sqrt(H) x / hypot(|x|, sqrt(H epsilon)), times the norm's weight.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -241,3 +242,18 @@ def _lives_over_games(environment):
             ends.append(int(infos["lives"][0]))
     environments.close()
     return ends, fresh
+
+
+def test_a_missing_minatar_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minatar", None)
+    with pytest.raises(gymnasium.error.DependencyNotInstalled, match="pip install minatar"):
+        gymnasium.make("classic_rl.minatar:MinAtarBreakout-v1")
+
+
+def test_what_an_installed_minatar_misses_shows(monkeypatch, tmp_path):
+    """Told to install minatar, somebody who has it would look in the wrong place."""
+    (tmp_path / "minatar.py").write_text("import a_package_that_minatar_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "minatar", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_minatar_needs"):
+        gymnasium.make("classic_rl.minatar:MinAtarBreakout-v1")

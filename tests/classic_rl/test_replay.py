@@ -162,6 +162,16 @@ def test_observations_that_do_not_continue_are_refused():
         play(replay, 1, first=7)
 
 
+def test_observations_of_another_shape_are_refused_even_where_they_are_equal():
+    replay = play(buffer(), 3)
+    newest = replay._observations[replay._head]
+    step = {"actions": np.zeros(1, int), "rewards": np.zeros(1), "terminated": np.zeros(1, bool)}
+    with pytest.raises(TrainingError, match="do not continue"):
+        replay.add(
+            observations=newest[0], next_observations=newest, truncated=np.zeros(1, bool), mask=np.ones(1, bool), **step
+        )
+
+
 def test_action_masks_belong_to_the_next_observation():
     replay = buffer(num_actions=2)
     for step in range(4):

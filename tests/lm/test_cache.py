@@ -54,6 +54,20 @@ def test_contents_are_those_of_a_dynamic_cache_through_growth_and_row_removal(in
             rows = rows[kept]
 
 
+@pytest.mark.parametrize(("longest", "widths"), [(48, {48}), (144, {80, 144}), (200, {80, 144, 208})])
+def test_lines_of_keys_lie_an_odd_number_of_cache_lines_apart(longest, widths):
+    """16 float32 fill a cache line; no line holds more columns than the longest answer needs, up to that oddness."""
+    cache = InPlaceCache(1, capacity=longest)
+    cache.update(*states(1, 16, seed=0), 0)
+    cache.start_decoding(1, share=False, prompt_mask=torch.ones(1, 16, dtype=torch.bool), keys_across=True)
+    seen = set()
+    for _ in range(16, longest):
+        cache.append(torch.zeros(1, 2, HEADS, WIDTH), 0)
+        seen.add(cache.layers[0].keys.stride(3))
+    assert seen == widths
+    assert all(width // 16 % 2 == 1 for width in seen)
+
+
 def test_keys_and_values_may_differ_in_width():
     cache = InPlaceCache(1, capacity=3)
     cache.update(torch.zeros(1, HEADS, 2, WIDTH), torch.ones(1, HEADS, 2, WIDTH + 1), 0)
