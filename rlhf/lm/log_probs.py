@@ -1,20 +1,24 @@
 """Log-probs of chosen tokens from hidden states, without ever holding the logits of all positions.
 
 The logits of one position take V numbers; of a batch of long completions they take more memory than the model.
-Here hidden states meet the head a chunk at a time, and backward computes each chunk's logits again.
+Here hidden states meet the head a chunk at a time, and backward computes each chunk's logits again. Only where all of
+them are one small chunk are their log-probs kept for backward.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rlhf.lm.backbone import LogitsHead
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 """Logits held at once, in numbers: 16 MiB of float32 on a CPU (about its cache), 512 MiB on a GPU."""
+KEPT_ELEMENTS = 2**22
+"""Log-probs kept for backward, in numbers, where all of them are one chunk."""
 
 
 def default_chunk_tokens(vocabulary: int, device: torch.device) -> int:
@@ -72,7 +76,29 @@ def _apply(
     if not isinstance(head, LogitsHead):
         head = LogitsHead(head)
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _SelectedLogProbs.apply(hidden, targets, head, float(temperature), chunk_tokens, best, *parameters)  # type: ignore[return-value]
+    settings = (float(temperature), chunk_tokens, best, torch.is_grad_enabled())
+    return _SelectedLogProbs.apply(hidden, targets, head, *settings, *parameters)  # type: ignore[return-value]
+
+
+class _Chunk(NamedTuple):
+    """Hidden states that met the head."""
+
+    hidden: Tensor
+    """[n, H], a leaf."""
+    logits: GradientEdge | None
+    """Where the gradient [n, V] of the logits enters; None where nothing is differentiated."""
+    log_p: Tensor
+    """[n, V]."""
+
+
+def _read_chunk(
+    hidden: Tensor, head: LogitsHead, temperature: float, *, differentiate: bool, trains_hidden: bool
+) -> _Chunk:
+    piece = hidden.detach().requires_grad_(trains_hidden)
+    with torch.set_grad_enabled(differentiate):
+        logits = head(piece)
+    edge = get_gradient_edge(logits) if logits.requires_grad else None
+    return _Chunk(piece, edge, _log_softmax(logits.detach(), temperature))
 
 
 class _SelectedLogProbs(torch.autograd.Function):
@@ -87,22 +113,30 @@ class _SelectedLogProbs(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int | None,
         best: bool,
+        learns: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
+        vocabulary = _vocabulary_size(head, hidden)
         if chunk_tokens is None:
-            chunk_tokens = default_chunk_tokens(_vocabulary_size(head, hidden), hidden.device)
+            chunk_tokens = default_chunk_tokens(vocabulary, hidden.device)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = torch.empty(targets.shape, dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(log_probs)
         is_best = torch.empty_like(targets, dtype=torch.bool) if best else None
+        keep = learns and len(targets) <= min(chunk_tokens, KEPT_ELEMENTS // vocabulary)
+        ctx.kept = None
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            log_p = _log_softmax(head(hidden[chunk]), temperature)
+            read = _read_chunk(
+                hidden[chunk], head, temperature, differentiate=keep, trains_hidden=ctx.needs_input_grad[0]
+            )
+            log_p = read.log_p
             log_probs[chunk] = log_p.gather(1, targets[chunk, None]).squeeze(1)
             if is_best is not None:
                 is_best[chunk] = log_probs[chunk] == log_p.amax(dim=1)
             entropy[chunk] = -(log_p.exp() * log_p).sum(dim=1)
+            ctx.kept = read if keep else None
         ctx.save_for_backward(hidden, targets, entropy, *parameters)
         ctx.head, ctx.temperature, ctx.chunk_tokens = head, temperature, chunk_tokens
         device_type = hidden.device.type
@@ -118,26 +152,33 @@ class _SelectedLogProbs(torch.autograd.Function):
         totals: list[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
         hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         device_type, autocast_dtype, autocast_enabled = ctx.autocast
+        kept, ctx.kept = ctx.kept, None  # what is kept serves once: its log-probs become the gradient
         for start in range(0, len(targets), ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
-            piece = hidden[chunk].detach().requires_grad_(hidden_gradient is not None)
-            with torch.enable_grad(), torch.autocast(device_type, autocast_dtype, enabled=autocast_enabled):
-                logits = ctx.head(piece)
+            with torch.autocast(device_type, autocast_dtype, enabled=autocast_enabled):
+                read = kept or _read_chunk(
+                    hidden[chunk],
+                    ctx.head,
+                    ctx.temperature,
+                    differentiate=True,
+                    trains_hidden=hidden_gradient is not None,
+                )
             slope = _logits_gradient(
-                logits.detach(),
+                read.log_p,
                 targets[chunk],
                 temperature=ctx.temperature,
                 entropy=entropy[chunk],
                 log_prob_gradient=None if log_prob_gradient is None else log_prob_gradient[chunk],
                 entropy_gradient=None if entropy_gradient is None else entropy_gradient[chunk],
             )
-            leaves = [*([piece] if hidden_gradient is not None else []), *parameters]
-            pieces = list(torch.autograd.grad(logits, leaves, slope))
+            leaves = [*([read.hidden] if hidden_gradient is not None else []), *parameters]
+            assert read.logits is not None
+            pieces = list(torch.autograd.grad(read.logits, leaves, slope))
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = pieces.pop(0)
             for total, part in zip(totals, pieces, strict=True):
                 total += part
-        return hidden_gradient, None, None, None, None, None, *totals
+        return hidden_gradient, None, None, None, None, None, None, *totals
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -147,7 +188,7 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _logits_gradient(
-    logits: Tensor,
+    log_p: Tensor,
     targets: Tensor,
     *,
     temperature: float,
@@ -155,8 +196,7 @@ def _logits_gradient(
     log_prob_gradient: Tensor | None,
     entropy_gradient: Tensor | None,
 ) -> Tensor:
-    """Gradient [N, V] with respect to the logits; see `selected_log_probs` for the equations."""
-    log_p = _log_softmax(logits, temperature)
+    """Gradient [N, V] with respect to the logits, in the memory of log_p; equations: see `selected_log_probs`."""
     if entropy_gradient is None:
         slope = log_p.exp_()
         if log_prob_gradient is None:

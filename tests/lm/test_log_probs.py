@@ -22,14 +22,15 @@ def example(dtype=torch.float64, bias=True):
 
 
 class RecordingHead(nn.Module):
-    """Remembers how many positions it was asked for at once."""
+    """Remembers how often, and for how many positions at once, it was asked."""
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.largest = inner, 0
+        self.inner, self.largest, self.calls, self.out_features = inner, 0, 0, VOCABULARY
 
     def forward(self, hidden):
         self.largest = max(self.largest, len(hidden))
+        self.calls += 1
         return self.inner(hidden)
 
 
@@ -81,6 +82,33 @@ def test_only_a_chunk_of_positions_ever_meets_the_head():
     log_probs, entropy = selected_log_probs(hidden, head, targets, chunk_tokens=4)
     (log_probs.sum() + entropy.sum()).backward()
     assert head.largest == 4  # forward and backward
+
+
+def test_one_small_chunk_meets_the_head_once(monkeypatch):
+    hidden, inner, targets = example()
+    head = RecordingHead(inner)
+    sum(output.sum() for output in selected_log_probs(hidden, head, targets)).backward()
+    assert head.calls == 1
+    monkeypatch.setattr("rlhf.lm.log_probs.KEPT_ELEMENTS", ROWS * VOCABULARY - 1)
+    sum(output.sum() for output in selected_log_probs(hidden, head, targets)).backward()
+    assert head.calls == 3
+
+
+def test_a_second_backward_finds_the_gradient_of_the_first():
+    hidden, head, targets = example()
+    log_probs, entropy = selected_log_probs(hidden, head, targets)
+    loss = log_probs.sum() - 0.3 * entropy.sum()
+    first = torch.autograd.grad(loss, [hidden, head.weight], retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, [hidden, head.weight]), first)
+
+
+def test_nothing_is_kept_where_nothing_learns():
+    hidden, inner, targets = example()
+    seen = []
+    inner.register_forward_hook(lambda _module, _inputs, output: seen.append(output.requires_grad))
+    with torch.no_grad():
+        selected_log_probs(hidden, inner, targets)
+    assert seen == [False]
 
 
 def test_frozen_head_and_frozen_body():
