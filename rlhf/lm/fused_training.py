@@ -11,7 +11,7 @@
 The equations, with x the residual stream [M, H], r(x) = 1 / sqrt(mean(x^2) + epsilon) and n = r(x) x:
 
     dx  = r (dn - n mean(dn n))                  RMSNorm, without its weight
-    dx  = dy cos + roll(dy sin)                  rotary embedding y = x cos + roll(x) sin
+    dx  = conj(t) dy                             rotary embedding y = t x, t = cos + i sin, x a pair of components
     a   = silu(g) u;  du = da silu(g);  dg = da u silu'(g)
 
 It serves what `fused_decoding` serves, save for norms on queries and keys and for biases outside of the attention's
@@ -23,6 +23,7 @@ layers, goes through its own forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,12 +75,14 @@ class FusedPass:
     def _rotation(self, layout: TokenLayout, hidden: Tensor) -> _Rotation:
         cosines, sines = self.body.rotary_emb(hidden[None], position_ids=layout.positions[None])  # [1, M, D]
         width = sines.shape[-1]
-        signs = torch.ones_like(sines[0, :1])
-        signs[:, : width // 2] = -1.0
+        half = width // 2
         attention = self.body.layers[0].self_attn
-        heads = (attention.q_proj.out_features + attention.k_proj.out_features) // width
-        # Repeated for every head: rows of one head's width are too short to be fast.
-        return _Rotation(cosines[0].repeat(1, heads), (sines[0] * signs).repeat(1, heads), width)
+        turned, others = attention.q_proj.out_features + attention.k_proj.out_features, attention.v_proj.out_features
+        # Both halves of a head turn alike. Repeated for every head: rows of one head's width are too short to be fast.
+        turns = torch.complex(cosines[0, :, :half], sines[0, :, :half]).repeat(1, turned // width)
+        order = torch.arange(turned + others, device=turns.device)
+        order[:turned] = order[:turned].view(-1, 2, half).transpose(1, 2).flatten()
+        return _Rotation(turns, order, width)
 
 
 def read_fused_pass(body: Any) -> FusedPass | None:
@@ -105,29 +108,40 @@ def read_fused_pass(body: Any) -> FusedPass | None:
 
 @dataclass(frozen=True)
 class _Rotation:
-    """Rotary embedding of the tokens at hand."""
+    """Rotary embedding of the tokens at hand as a product of complex numbers.
 
-    cosines: Tensor
-    """[M, h * D], alike for every head of queries and keys."""
-    sines: Tensor
-    """[M, h * D], negative in the first half of a head: a roll swaps the halves."""
+    The model pairs a head's component i with i + D / 2. Here the two lie side by side in queries and keys, real and
+    imaginary part: their products, which are all that attention sees, stay the same.
+    """
+
+    turns: Tensor
+    """[M, h * D / 2] complex, alike for every head of queries and keys."""
+    order: Tensor
+    """[C] which row of the model's matrices makes each component of queries, keys and values."""
     width: int
     """D of a head."""
 
+    @cached_property
+    def turns_back(self) -> Tensor:
+        """[M, h * D / 2] conjugates of the turns."""
+        return self.turns.conj_physical()
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[C] the inverse of `order`."""
+        return self.order.argsort()
+
     def turn_(self, products: Tensor) -> None:
         """Rotate the first h heads of [M, C] in place."""
-        turned = products[:, : self.cosines.shape[1]]
-        swapped = self._swapped(turned)
-        turned.mul_(self.cosines).addcmul_(swapped, self.sines)
+        self._pairs(products).mul_(self.turns)
 
     def turn_back_(self, gradient: Tensor) -> None:
         """Apply the transposed map, in place."""
-        turned = gradient[:, : self.cosines.shape[1]]
-        swapped = self._swapped(turned * self.sines)
-        turned.mul_(self.cosines).add_(swapped)
+        self._pairs(gradient).mul_(self.turns_back)
 
-    def _swapped(self, heads: Tensor) -> Tensor:
-        return heads.unflatten(1, (-1, self.width)).roll(self.width // 2, dims=-1).flatten(1)
+    def _pairs(self, products: Tensor) -> Tensor:
+        turned = products[:, : 2 * self.turns.shape[1]]
+        return torch.view_as_complex(turned.unflatten(1, (-1, 2)))
 
 
 class _Heads(torch.autograd.Function):
@@ -145,7 +159,8 @@ class _Heads(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases = weights_and_biases[:3], weights_and_biases[3:]
         normed, inverse = _normalize(hidden, epsilon)
-        products = linear(normed, torch.cat(weights) * norm, torch.cat(biases) if biases else None)
+        bias = torch.cat(biases)[rotation.order] if biases else None
+        products = linear(normed, torch.cat(weights)[rotation.order] * norm, bias)
         rotation.turn_(products)
         ctx.save_for_backward(normed, inverse, norm, *weights)
         ctx.layout, ctx.rotation, ctx.has_biases = layout, rotation, bool(biases)
@@ -159,12 +174,13 @@ class _Heads(torch.autograd.Function):
         normed, inverse, norm, *weights = ctx.saved_tensors
         rows = torch.cat([gradient.permute(1, 2, 0, 3) for gradient in gradients], dim=2)  # [B, S, h, D]
         products = ctx.layout.sum_to_tokens(rows.flatten(2))
-        ctx.rotation.turn_back_(products)
-        matrix, sizes = torch.cat(weights), [weight.shape[0] for weight in weights]
+        rotation = ctx.rotation
+        rotation.turn_back_(products)
+        matrix, sizes = torch.cat(weights)[rotation.order], [weight.shape[0] for weight in weights]
         hidden = _normalize_backward(linear(products, (matrix * norm).t()), normed, inverse)
         gradient, norm_gradient = _normed_weight_gradient(products, normed, norm, matrix)
-        biases = products.sum(dim=0).split(sizes) if ctx.has_biases else ()
-        return hidden, None, None, None, norm_gradient, *gradient.split(sizes), *biases
+        biases = products.sum(dim=0)[rotation.places].split(sizes) if ctx.has_biases else ()
+        return hidden, None, None, None, norm_gradient, *gradient[rotation.places].split(sizes), *biases
 
 
 class _ToTokens(torch.autograd.Function):
