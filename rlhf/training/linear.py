@@ -27,6 +27,10 @@ from rlhf.training.allocation import keep_freed_memory
 VARIABLE = "RLHF_CPU_LINEAR"
 MIN_PRODUCTS = 2**21
 """Multiplications below which the default is as fast: oneDNN takes some microseconds to start."""
+IMAGE = 256
+"""Rows of one image where a weight's gradient is computed as that of a convolution."""
+MIN_IMAGES, MAX_GRADIENT = 4, 2**20
+"""From how many images, and below how many numbers of the gradient, that is faster on several threads."""
 
 
 @cache
@@ -98,11 +102,16 @@ def linear_onto(
 def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     """Return gradient.T @ rows, the gradient [O, I] of a weight, of its output's gradient [N, O] and its rows [N, I].
 
-    oneDNN reads its second operand transposed but copies the first, so the narrower one goes first.
+    A product reads its second operand transposed but has the first copied by one thread, so the narrower one goes
+    first. The weight gradient of a 1 x 1 convolution is the same and reads both as they lie; on several threads it is
+    the faster one for many rows (`benchmarks/linear.py`).
     """
     if not _goes_through_onednn(rows, gradient.t()):
         return gradient.t() @ rows
-    if gradient.shape[1] <= rows.shape[1]:
+    narrow = gradient.shape[1] <= rows.shape[1]
+    if _is_convolved_faster(gradient, rows):
+        return convolved_gradient(rows, gradient).t() if narrow else convolved_gradient(gradient, rows)
+    if narrow:
         return _product(gradient.t(), rows.t(), None)
     return _product(rows.t(), gradient.t(), None).t()
 
@@ -143,6 +152,25 @@ def _goes_through_onednn(rows: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def _is_convolved_faster(gradient: Tensor, rows: Tensor) -> bool:
+    size = gradient.shape[1] * rows.shape[1]
+    many = len(rows) >= max(MIN_IMAGES * IMAGE, size / IMAGE) and size < MAX_GRADIENT
+    return many and torch.get_num_threads() > 1 and gradient.is_contiguous() and rows.is_contiguous()
+
+
+def convolved_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
+    """As `weight_gradient`, for contiguous operands: of a 1 x 1 convolution over images of a column of pixels each."""
+    count = max(1, len(rows) // IMAGE)
+    whole = len(rows) // count * count
+    # Channels last: [N, C] is [count, C, N / count, 1] without a copy.
+    images = [one[:whole].view(count, -1, 1, one.shape[1]).permute(0, 3, 1, 2) for one in (gradient, rows)]
+    shape = rows.new_empty(1).expand(gradient.shape[1], rows.shape[1], 1, 1)  # its numbers are not read
+    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed or not, groups
+    wanted = [False, True, False]
+    product = torch.ops.aten.convolution_backward(*images, shape, None, *geometry, wanted)[1].view(shape.shape[:2])
+    return product if whole == len(rows) else product.addmm_(gradient[whole:].t(), rows[whole:])
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
 from rlhf.training import linear as subject
-from rlhf.training.linear import VARIABLE, FastLinear, linear, linear_onto, onednn_pays, pack, use_fast_linear
+from rlhf.training.linear import (
+    VARIABLE,
+    FastLinear,
+    linear,
+    linear_onto,
+    onednn_pays,
+    pack,
+    use_fast_linear,
+    weight_gradient,
+)
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -56,6 +65,57 @@ def test_output_and_gradients_are_those_of_float64(
         assert got.shape == exact.shape
         # Float32 rounds each of n additions by at most 2^-24 of the sum so far; n is at most 2000.
         assert (got - exact).abs().max() < 2**-24 * math.sqrt(2000) * 4 * exact.abs().max()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows_count", [1024, 1029, 2303])
+@pytest.mark.parametrize(("width_in", "width_out"), [(96, 160), (160, 96), (64, 64)])
+def test_weight_gradients_on_two_threads(
+    onednn: None,
+    two_threads: None,
+    monkeypatch: pytest.MonkeyPatch,
+    rows_count: int,
+    width_in: int,
+    width_out: int,
+) -> None:
+    calls = []
+    real = subject.convolved_gradient
+    monkeypatch.setattr(subject, "convolved_gradient", lambda *operands: calls.append(1) or real(*operands))
+    torch.manual_seed(0)
+    gradient, rows = torch.randn(rows_count, width_out), torch.randn(rows_count, width_in)
+    found, exact = weight_gradient(gradient, rows), gradient.double().t() @ rows.double()
+    assert calls == [1]
+    assert found.shape == (width_out, width_in)
+    assert (found - exact).abs().max() < 2**-24 * math.sqrt(rows_count) * 4 * exact.abs().max()
+    assert torch.equal(found, weight_gradient(gradient, rows))  # the same sums in the same order
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows_count", [1, 255, 256, 700])
+def test_few_rows_of_images(rows_count: int) -> None:
+    gradient, rows = torch.randn(rows_count, 24), torch.randn(rows_count, 40)
+    torch.testing.assert_close(subject.convolved_gradient(gradient, rows), gradient.t() @ rows, atol=1e-4, rtol=1e-4)
+
+
+@needs_onednn
+def test_a_large_gradient_and_strided_rows_stay_products(
+    onednn: None, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "convolved_gradient", None)
+    for gradient, rows in (
+        (torch.randn(1024, 512), torch.randn(1024, 640)),  # 512 x 640 numbers, more than 256 for each row
+        (torch.randn(1023, 64), torch.randn(1023, 64)),
+        (torch.randn(2048, 128)[:, ::2], torch.randn(2048, 64)),
+    ):
+        torch.testing.assert_close(weight_gradient(gradient, rows), gradient.t() @ rows, atol=1e-3, rtol=1e-4)
 
 
 @needs_onednn
