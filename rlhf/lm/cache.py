@@ -80,6 +80,10 @@ class InPlaceLayer(CacheLayerMixin):
         """Keep the prompts, and what follows, in another precision."""
         self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
 
+    def order_keys(self, components: Tensor) -> None:
+        """Put the components of the prompts' keys into the order of [D] indices."""
+        self.keys = self.keys[..., components]
+
     def reserve(self, columns: int, *, written: int) -> None:
         """Make room for `columns`, of which `written` are in use."""
         self.length = written
@@ -234,6 +238,11 @@ class InPlaceCache(Cache):
         """Keep all keys and values in another precision; before `start_decoding`."""
         for layer in self.used_layers():
             layer.round_to(dtype)
+
+    def order_keys(self, components: Tensor) -> None:
+        """Put the components of all keys into another order; before `start_decoding`."""
+        for layer in self.used_layers():
+            layer.order_keys(components)
 
     def move_rows(self, sources: Tensor, destinations: Tensor, kept: Tensor) -> None:
         """Fill the places of finished rows with the last rows, so that row i is the former row `kept[i]`."""

@@ -172,8 +172,8 @@ class Decoder:
         # Read for each batch: training changes weights, and adapters or hooks may have come since the plan was made.
         self.fused = read_fused_step(plan.parts.body, dtype=dtype, positions=capacity) if plan.can_fuse else None
         self.head = read_head(plan.parts.head, dtype) if self.fused is not None else plan.parts.head
-        if self.fused is not None and dtype is not None:
-            self.cache.round_to(dtype)
+        if self.fused is not None:
+            self.fused.take_over(self.cache)
         worthwhile = group_size > 1 and (self.device.type != "cpu" or self.prompt_length > SHORT_PROMPT)
         self.shared = self.shares_prompts and plan.can_share_prompts and worthwhile
         across = self.fused is not None and self.fused.wants_keys_across and not self.reads_ahead

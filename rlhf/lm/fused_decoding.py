@@ -14,7 +14,7 @@ only slower.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from rlhf.lm.backbone import LogitsHead
 from rlhf.lm.cache import InPlaceCache
 from rlhf.lm.decode_products import match_keys, wants_keys_across, weigh_values
-from rlhf.lm.fusible_structure import has_fusible_structure, is_plain_linear, norm_epsilon, parts_of
+from rlhf.lm.fusible_structure import has_fusible_structure, is_plain_linear, norm_epsilon, paired_rows, parts_of
 from rlhf.lm.shared_prompt import attend
 from rlhf.training.linear import linear, linear_onto, pack
 
@@ -147,24 +147,73 @@ class _Layer:
     scaling: float
 
 
+@dataclass(frozen=True)
+class _Halves:
+    """Rotary embedding as x * cos + (-second half, first half) * sin.
+
+    A roll swaps the halves; the sign is in `sines`.
+    """
+
+    cosines: Tensor
+    """[n, 1, D]."""
+    sines: Tensor
+    """[n, 1, D]."""
+
+    def __getitem__(self, positions: Tensor) -> _Halves:
+        return _Halves(self.cosines.index_select(0, positions), self.sines.index_select(0, positions))
+
+    def turn_(self, heads: Tensor) -> None:
+        """Rotate [n, h, D] in place."""
+        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+        if self.cosines.dtype is heads.dtype:
+            heads.mul_(self.cosines).addcmul_(swapped, self.sines)
+        else:
+            heads.copy_(heads * self.cosines + swapped * self.sines)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Rotary embedding of paired heads (`paired_rows`): a third of the operations."""
+
+    turns: Tensor
+    """[n, h, D / 2] complex; repeated for every head, since rows of one head's width are too short to be fast."""
+
+    def __getitem__(self, positions: Tensor) -> _Pairs:
+        return _Pairs(self.turns.index_select(0, positions))
+
+    def turn_(self, heads: Tensor) -> None:
+        """Rotate [n, h, D] in place."""
+        torch.view_as_complex(heads.unflatten(2, (-1, 2))).mul_(self.turns)
+
+
 class FusedStep:
     """Decode steps with the weights a body has now; make a new one whenever they may have changed.
 
     Args:
         body: See `read_fused_step`, which makes the object.
-        layers: The parts of its layers.
+        dtype: See there.
         positions: Positions below this are looked up in a table, where the rotary type allows one.
     """
 
-    def __init__(self, body: Any, layers: list[_Layer], *, positions: int = 0) -> None:
+    def __init__(self, body: Any, *, dtype: torch.dtype | None = None, positions: int = 0) -> None:
         self.embedding: Tensor = body.embed_tokens.weight
-        self.rotary, self.norm, self.layers = body.rotary_emb, _read_last_norm(body.norm), layers
-        half = layers[0].head_dim // 2
+        self.rotary, self.norm = body.rotary_emb, _read_last_norm(body.norm)
+        self.dtype = dtype
+        has_table = positions > 0 and getattr(self.rotary, "rope_type", None) in STATIC_ROTARY
+        self.paired = has_table and dtype is None and _can_pair(body.layers)
+        self.layers = [_read_layer(layer, dtype, paired=self.paired) for layer in body.layers]
+        half = self.layers[0].head_dim // 2
         self.signs = torch.ones(2 * half, dtype=self.embedding.dtype, device=self.embedding.device)
         self.signs[:half] = -1.0
-        self.table: tuple[Tensor, Tensor] | None = None
-        if positions and getattr(self.rotary, "rope_type", None) in STATIC_ROTARY:
-            self.table = self._rotate(torch.arange(positions, device=self.embedding.device)[:, None])
+        self.table = self._rotate(torch.arange(positions, device=self.signs.device)[:, None]) if has_table else None
+
+    def take_over(self, cache: InPlaceCache) -> None:
+        """Bring the prompts that the body's own forward wrote into the precision and order of these steps."""
+        if self.dtype is not None:
+            cache.round_to(self.dtype)
+        if self.paired:
+            width = self.layers[0].head_dim
+            cache.order_keys(torch.arange(width, device=self.signs.device).view(2, -1).t().flatten())
 
     @property
     def wants_keys_across(self) -> bool:
@@ -186,12 +235,9 @@ class FusedStep:
             Hidden states [n, H] for the head.
         """
         hidden = nn.functional.embedding(tokens, self.embedding)
-        if self.table is None:
-            cosines, sines = self._rotate(positions)
-        else:
-            cosines, sines = (angles.index_select(0, positions.squeeze(1)) for angles in self.table)
+        rotation = self._rotate(positions) if self.table is None else self.table[positions.squeeze(1)]
         for index, layer in enumerate(self.layers):
-            heads = _project_heads(layer, hidden, cosines, sines)
+            heads = _project_heads(layer, hidden, rotation)
             keys_values = heads[:, layer.query_heads :].unflatten(1, (2, layer.key_heads))
             own = cache.append(keys_values, index)
             attended = _attend(layer, heads[:, : layer.query_heads], own, cache=cache, mask=mask)
@@ -200,27 +246,24 @@ class FusedStep:
             hidden = layer.down.add_to(hidden, layer.activation(gate).mul_(up))
         return self.norm(hidden)
 
-    def _rotate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [n, 1, D] of positions [n, 1], by the model's own module."""
-        cosines, sines = self.rotary(self.embedding, position_ids=positions)
-        return cosines, sines * self.signs
+    def _rotate(self, positions: Tensor) -> _Halves | _Pairs:
+        """Rotary embedding of positions [n, 1], by the model's own module."""
+        cosines, sines = self.rotary(self.embedding, position_ids=positions)  # [n, 1, D]
+        if not self.paired:
+            return _Halves(cosines, sines * self.signs)
+        layer, half = self.layers[0], cosines.shape[2] // 2
+        turns = torch.complex(cosines[..., :half], sines[..., :half])  # both halves of a head turn alike
+        return _Pairs(turns.repeat(1, layer.query_heads + layer.key_heads, 1))
 
 
-def _project_heads(layer: _Layer, hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotated queries and keys, then values, [n, Hq + H + H, D], of hidden states [n, H].
-
-    Rotary embedding is x * cos + (-second half, first half) * sin; a roll swaps the halves, the sign is in `sines`.
-    """
+def _project_heads(layer: _Layer, hidden: Tensor, rotation: _Halves | _Pairs) -> Tensor:
+    """Rotated queries and keys, then values, [n, Hq + H + H, D], of hidden states [n, H]."""
     heads = layer.qkv(hidden).view(len(hidden), -1, layer.head_dim)
     turned = heads[:, : -layer.key_heads]
     if layer.query_key_norm is not None:
         normed = rms_norm(turned, (layer.head_dim,), None, layer.query_key_norm.epsilon)
         torch.mul(normed, layer.query_key_norm.weight, out=turned)
-    swapped = turned.roll(layer.head_dim // 2, dims=-1)
-    if cosines.dtype is turned.dtype:
-        turned.mul_(cosines).addcmul_(swapped, sines)
-    else:
-        turned.copy_(turned * cosines + swapped * sines)
+    rotation.turn_(turned)
     return heads
 
 
@@ -273,7 +316,7 @@ def read_fused_step(body: Any, *, dtype: torch.dtype | None = None, positions: i
     """
     if not has_fusible_structure(body, adapters=True):
         return None
-    return FusedStep(body, [_read_layer(layer, dtype) for layer in body.layers], positions=positions)
+    return FusedStep(body, dtype=dtype, positions=positions)
 
 
 def read_head(head: LogitsHead, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
@@ -284,13 +327,30 @@ def read_head(head: LogitsHead, dtype: torch.dtype | None) -> Callable[[Tensor],
     return lambda hidden: head.adjust(projection(hidden))
 
 
-def _read_layer(layer: Any, dtype: torch.dtype | None) -> _Layer:
+def _can_pair(layers: Any) -> bool:
+    """Whether heads may be paired: their matrices are copied anyway, and this was measured on CPUs."""
+    weight = layers[0].self_attn.q_proj.weight
+    if weight.device.type != "cpu" or weight.dtype not in FULL_PRECISION:
+        return False
+    return all("q_norm" not in parts_of(layer.self_attn) and _are_small(_projections(layer)) for layer in layers)
+
+
+def _projections(layer: Any) -> list[Any]:
+    return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+
+
+def _read_layer(layer: Any, dtype: torch.dtype | None, *, paired: bool) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     query_heads, key_heads = (
         module.out_features // attention.head_dim for module in (attention.q_proj, attention.k_proj)
     )
     return _Layer(
-        qkv=_read_normed(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype),
+        qkv=_read_normed(
+            layer.input_layernorm,
+            *_projections(layer),
+            dtype=dtype,
+            rows=paired_rows(attention) if paired else None,
+        ),
         query_key_norm=_read_head_norms(attention, query_heads, key_heads) if "q_norm" in parts_of(attention) else None,
         output=_read_projection(attention.o_proj, dtype=dtype).pack(),
         gate_up=_read_normed(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, dtype=dtype),
@@ -347,8 +407,7 @@ def _read_map(module: Any, dtype: torch.dtype | None, *, merge: bool) -> _Map:
 
 def _read_projection(*modules: Any, dtype: torch.dtype | None) -> _Projection:
     """Several maps as one where the matrices are small; adapters become part of a matrix that is copied anyway."""
-    first = modules[0].weight
-    small = sum(module.weight.numel() for module in modules) <= MERGE_LIMITS.get(first.device.type, 0)
+    small = _are_small(modules)
     maps = [_read_map(module, dtype, merge=small or dtype is not None) for module in modules]
     if len(maps) == 1 or not small:
         return _Projection(maps)
@@ -357,12 +416,22 @@ def _read_projection(*modules: Any, dtype: torch.dtype | None) -> _Projection:
     return _Projection([_Map(weight, bias)])
 
 
-def _read_normed(norm_module: Any, *modules: Any, dtype: torch.dtype | None) -> _NormedProjection:
+def _are_small(modules: Sequence[Any]) -> bool:
+    limit = MERGE_LIMITS.get(modules[0].weight.device.type, 0)
+    return sum(module.weight.numel() for module in modules) <= limit
+
+
+def _read_normed(
+    norm_module: Any, *modules: Any, dtype: torch.dtype | None, rows: Tensor | None = None
+) -> _NormedProjection:
+    """A norm and maps, with the outputs of the maps in the order of [C] indices `rows`, of small maps only."""
     norm, projection = _read_norm(norm_module), _read_projection(*modules, dtype=dtype)
     weight, bias = projection.maps[0].weight, projection.maps[0].bias
     # Only a merged matrix is ours to change; in 16 bits, the product of two weights would be rounded once more.
     if len(projection.maps) > 1 or weight.dtype not in FULL_PRECISION:
         return _NormedProjection(norm, projection.pack(), None)
     floor, scale = _floor_and_scale(norm)
+    if rows is not None:
+        weight, bias = weight[rows], None if bias is None else bias[rows]
     folded = _Projection([_Map(weight * (norm.weight * scale), bias)]).pack()
     return _NormedProjection(norm, folded, _Length(floor))

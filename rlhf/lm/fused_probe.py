@@ -18,14 +18,15 @@ from rlhf.lm.fused_decoding import FusedStep, read_fused_step
 def fusing_is_exact(body: Any) -> bool:
     """Decode three tokens after padded prompts by the body's own forward and by `FusedStep`, and compare.
 
-    Norms are compared on their own as well, on an input whose mean is far from 0, where other norms show.
+    Both kinds of step are compared: with a table of positions and without. So are norms on their own, on an input whose
+    mean is far from 0, where other norms show.
     """
     if read_fused_step(body) is None:
         return False
     try:
         with evaluating(body), loud_attention(body.layers):
-            step = read_fused_step(body)
-            return step is not None and _same_norms(body, step) and _same(*_decode_both(body, step))
+            steps = [FusedStep(body, positions=positions) for positions in (0, 6)]
+            return _same_norms(body, steps[0]) and all(_same(*_decode_both(body, step)) for step in steps)
     except (RuntimeError, TypeError, ValueError):  # the rotary module takes or gives something else
         return False
 
@@ -73,6 +74,8 @@ def _decode_both(body: Any, step: FusedStep) -> tuple[Tensor, Tensor]:
         cache = InPlaceCache(len(step.layers), capacity=6)
         settings = {"past_key_values": cache, "use_cache": True}
         body(input_ids=tokens[:, :3], attention_mask=visible[:, :3], position_ids=positions[:, :3], **settings)
+        if fused:
+            step.take_over(cache)
         cache.start_decoding(1, share=False, prompt_mask=visible[:, :3])
         bias = padding_bias(visible, step.embedding.dtype)
         for column in range(3, 6):

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, silu
 
 from rlhf.lm.causal_attention import causal_attention
-from rlhf.lm.fusible_structure import has_fusible_structure, norm_epsilon
+from rlhf.lm.fusible_structure import has_fusible_structure, norm_epsilon, paired_rows
 from rlhf.lm.token_layout import TokenLayout
 from rlhf.training.linear import linear, linear_onto, weight_gradient
 
@@ -77,12 +77,10 @@ class FusedPass:
         width = sines.shape[-1]
         half = width // 2
         attention = self.body.layers[0].self_attn
-        turned, others = attention.q_proj.out_features + attention.k_proj.out_features, attention.v_proj.out_features
+        heads = (attention.q_proj.out_features + attention.k_proj.out_features) // width
         # Both halves of a head turn alike. Repeated for every head: rows of one head's width are too short to be fast.
-        turns = torch.complex(cosines[0, :, :half], sines[0, :, :half]).repeat(1, turned // width)
-        order = torch.arange(turned + others, device=turns.device)
-        order[:turned] = order[:turned].view(-1, 2, half).transpose(1, 2).flatten()
-        return _Rotation(turns, order, width)
+        turns = torch.complex(cosines[0, :, :half], sines[0, :, :half]).repeat(1, heads)
+        return _Rotation(turns, paired_rows(attention), width)
 
 
 def read_fused_pass(body: Any) -> FusedPass | None:
@@ -108,16 +106,12 @@ def read_fused_pass(body: Any) -> FusedPass | None:
 
 @dataclass(frozen=True)
 class _Rotation:
-    """Rotary embedding of the tokens at hand as a product of complex numbers.
-
-    The model pairs a head's component i with i + D / 2. Here the two lie side by side in queries and keys, real and
-    imaginary part: their products, which are all that attention sees, stay the same.
-    """
+    """Rotary embedding of the tokens at hand, of paired heads: products of queries and keys stay the same."""
 
     turns: Tensor
     """[M, h * D / 2] complex, alike for every head of queries and keys."""
     order: Tensor
-    """[C] which row of the model's matrices makes each component of queries, keys and values."""
+    """[C], see `paired_rows`."""
     width: int
     """D of a head."""
 

@@ -75,23 +75,25 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: 
         rows: [..., I].
         weight: [O, I].
         bias: [O] or None.
-        packed: What `pack` made of `weight`, used where no gradient is wanted.
+        packed: What `pack` made of `weight`, used where gradients are off.
 
     Returns:
         [..., O]. Differentiable once where oneDNN computes it.
     """
+    if packed is not None and _is_large(rows, weight) and not torch.is_grad_enabled():
+        return _product(rows, packed, bias)  # `pack` has asked the rest
     if not _goes_through_onednn(rows, weight):
         return functional.linear(rows, weight, bias)
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
         return _Linear.apply(rows, weight, bias)  # type: ignore[return-value]
-    return _product(rows, weight if packed is None else packed, bias)
+    return _product(rows, weight, bias)
 
 
 def linear_onto(
     residual: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: Tensor | None = None
 ) -> Tensor:
     """Return residual [N, O] + rows [N, I] @ weight.T + bias, in one operation where possible; not differentiable."""
-    if _goes_through_onednn(rows, weight):
+    if _is_large(rows, weight) if packed is not None else _goes_through_onednn(rows, weight):
         matrix = weight if packed is None else packed
         return torch.ops.mkldnn._linear_pointwise.binary(rows, residual, matrix, bias, "add")
     if bias is not None:
@@ -143,9 +145,13 @@ def use_fast_linear(module: nn.Module) -> None:
                 layer.__class__ = FastLinear
 
 
+def _is_large(rows: Tensor, weight: Tensor) -> bool:
+    return rows.numel() * weight.shape[0] >= MIN_PRODUCTS
+
+
 def _goes_through_onednn(rows: Tensor, weight: Tensor) -> bool:
     return (
-        rows.numel() * weight.shape[0] >= MIN_PRODUCTS
+        _is_large(rows, weight)
         and rows.device.type == "cpu"
         and rows.dtype is weight.dtype is torch.float32
         and onednn_pays()

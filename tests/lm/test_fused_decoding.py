@@ -52,9 +52,10 @@ def randomized(name, changes):
     return model
 
 
+@pytest.mark.parametrize("table", [0, 11])
 @pytest.mark.parametrize("case", FUSED)
 @torch.no_grad()
-def test_hidden_states_and_logits_equal_those_of_one_forward_over_the_whole(case):
+def test_hidden_states_and_logits_equal_those_of_one_forward_over_the_whole(case, table):
     model = randomized(*FUSED[case])
     assert fusing_is_exact(model.model)
     ids, mask = left_padded((9, 6, 11), width=11)
@@ -64,8 +65,9 @@ def test_hidden_states_and_logits_equal_those_of_one_forward_over_the_whole(case
     logits = model(input_ids=ids, **settings, use_cache=False).logits[:, 5:]
     cache = InPlaceCache(2, capacity=11)
     model.model(input_ids=ids[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5], past_key_values=cache)
+    bias, step = padding_bias(mask, torch.float32), read_fused_step(model.model, positions=table)
+    step.take_over(cache)
     cache.start_decoding(1, share=False, prompt_mask=mask[:, :5])
-    bias, step = padding_bias(mask, torch.float32), read_fused_step(model.model)
     for column in range(5, 11):
         got = step(ids[:, column], positions[:, column, None], cache=cache, mask=bias[..., : column + 1])
         torch.testing.assert_close(got, hidden[:, column - 5], atol=2e-5, rtol=1e-4)
