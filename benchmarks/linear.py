@@ -3,9 +3,9 @@
     python benchmarks/linear.py              # prints a table, writes benchmarks/results/linear.md
 
 Both compute the same products; `rlhf/training/linear.py` says when it chooses which. "Packed" multiplies by a weight
-that lies in oneDNN's own layout already, as in decoding. The second table has the weight's gradient on two threads: as
-oneDNN's product of a transposed copy, and as the gradient of a 1 x 1 convolution. Each figure is the best of several
-rounds, the sides taking turns.
+that lies in oneDNN's own layout already, as in decoding. The other tables have the weight's gradient on one and on two
+threads: as oneDNN's product of a transposed copy, and as the gradient of a 1 x 1 convolution. Each figure is the best
+of several rounds, the sides taking turns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf.training.linear import _is_convolved_faster, _Linear, _product, convolved_gradient, linear, pack
+from rlhf.training.linear import _image_height, _Linear, _product, convolved_gradient, linear, pack
 
 SHAPES = [
     (2048, 128, 512),
@@ -33,8 +33,8 @@ SHAPES = [
 """Rows, inputs, outputs."""
 GRADIENT_SHAPES = [
     (rows, *widths)
-    for rows in (1024, 2048, 3072, 4128, 4608, 9216)
-    for widths in ((128, 128), (128, 384), (128, 512), (384, 1536), (1024, 1024))
+    for rows in (1024, 2064, 4128, 9216)
+    for widths in ((128, 128), (128, 384), (128, 512), (384, 1536), (896, 896), (1024, 1024))
 ]
 RESULTS = Path(__file__).parent / "results" / "linear.md"
 
@@ -90,14 +90,15 @@ def measure(rows: int, inputs: int, outputs: int, *, rounds: int) -> str:
 
 
 def measure_gradient(rows: int, inputs: int, outputs: int, *, rounds: int) -> str:
-    """One row of the second table."""
+    """One row of a table of gradients."""
     data, slope = torch.randn(rows, inputs), torch.randn(rows, outputs)
     work = 2.0 * rows * inputs * outputs
-    sides = [lambda: _product(data.t(), slope.t(), None).t(), lambda: convolved_gradient(slope, data)]
+    height = _image_height(slope, data)
+    tried = height or (251 if rows > 16 * 251 else 127)
+    sides = [lambda: _product(data.t(), slope.t(), None).t(), lambda: convolved_gradient(slope, data, height=tried)]
     product, convolved = (work / seconds / 1e9 for seconds in best_of(sides, work=work, rounds=rounds))
-    chosen = "convolution" if _is_convolved_faster(slope, data) else "product"
-    ratio = convolved / product
-    return f"| {rows} x {inputs} x {outputs} | {product:.0f} | {convolved:.0f} | {ratio:.2f} | {chosen} |"
+    chosen = "product" if height is None else "convolution"
+    return f"| {rows} x {inputs} x {outputs} | {product:.0f} | {convolved:.0f} | {convolved / product:.2f} | {chosen} |"
 
 
 def main() -> None:
@@ -120,17 +121,18 @@ def main() -> None:
     for shape in SHAPES:
         lines.append(measure(*shape, rounds=options.rounds))
         print(lines[-1], flush=True)
-    torch.set_num_threads(2)
-    lines += [
-        "",
-        "The weight's gradient on 2 threads, and what `weight_gradient` chooses:",
-        "",
-        "| rows x inputs x outputs | product | convolution | ratio | chosen |",
-        "|---|---|---|---|---|",
-    ]
-    for shape in GRADIENT_SHAPES:
-        lines.append(measure_gradient(*shape, rounds=options.rounds))
-        print(lines[-1], flush=True)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        lines += [
+            "",
+            f"The weight's gradient on {threads} thread(s), and what `weight_gradient` chooses:",
+            "",
+            "| rows x inputs x outputs | product | convolution | ratio | chosen |",
+            "|---|---|---|---|---|",
+        ]
+        for shape in GRADIENT_SHAPES:
+            lines.append(measure_gradient(*shape, rounds=options.rounds))
+            print(lines[-1], flush=True)
     RESULTS.write_text("\n".join(lines) + "\n")
 
 

@@ -27,10 +27,13 @@ from rlhf.training.allocation import keep_freed_memory
 VARIABLE = "RLHF_CPU_LINEAR"
 MIN_PRODUCTS = 2**21
 """Multiplications below which the default is as fast: oneDNN takes some microseconds to start."""
-IMAGE = 256
-"""Rows of one image where a weight's gradient is computed as that of a convolution."""
-MIN_IMAGES, MAX_GRADIENT = 4, 2**20
-"""From how many images, and below how many numbers of the gradient, that is faster on several threads."""
+IMAGE_HEIGHTS = (251, 127)
+"""Rows of an image where a weight's gradient is computed as that of a convolution: oneDNN has a slower way, which it
+takes for heights with small divisors."""
+MIN_IMAGES = 16
+"""Fewer images of a convolution do not go to oneDNN on one thread."""
+MIN_ROWS, MAX_GRADIENT, GRADIENT_PER_ROW = 1024, 2**20, 256
+"""From how many rows, and below how many numbers of the gradient, in all and for each row, a convolution is faster."""
 
 
 @cache
@@ -105,14 +108,17 @@ def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     """Return gradient.T @ rows, the gradient [O, I] of a weight, of its output's gradient [N, O] and its rows [N, I].
 
     A product reads its second operand transposed but has the first copied by one thread, so the narrower one goes
-    first. The weight gradient of a 1 x 1 convolution is the same and reads both as they lie; on several threads it is
-    the faster one for many rows (`benchmarks/linear.py`).
+    first. The weight gradient of a 1 x 1 convolution is the same and reads both as they lie; for many rows it is the
+    faster one (`benchmarks/linear.py`).
     """
     if not _goes_through_onednn(rows, gradient.t()):
         return gradient.t() @ rows
     narrow = gradient.shape[1] <= rows.shape[1]
-    if _is_convolved_faster(gradient, rows):
-        return convolved_gradient(rows, gradient).t() if narrow else convolved_gradient(gradient, rows)
+    height = _image_height(gradient, rows)
+    if height is not None:
+        operands = (rows, gradient) if narrow else (gradient, rows)
+        product = convolved_gradient(*operands, height=height)
+        return product.t() if narrow else product
     if narrow:
         return _product(gradient.t(), rows.t(), None)
     return _product(rows.t(), gradient.t(), None).t()
@@ -160,18 +166,23 @@ def _goes_through_onednn(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _is_convolved_faster(gradient: Tensor, rows: Tensor) -> bool:
-    size = gradient.shape[1] * rows.shape[1]
-    many = len(rows) >= max(MIN_IMAGES * IMAGE, size / IMAGE) and size < MAX_GRADIENT
-    return many and torch.get_num_threads() > 1 and gradient.is_contiguous() and rows.is_contiguous()
+def _image_height(gradient: Tensor, rows: Tensor) -> int | None:
+    """Rows of an image where a convolution is the faster way to a weight's gradient, else None."""
+    count, sizes = len(rows), (gradient.shape[1], rows.shape[1])
+    numbers = sizes[0] * sizes[1]
+    suits = all(size % 16 == 0 for size in sizes) and gradient.is_contiguous() and rows.is_contiguous()
+    if not suits or count < MIN_ROWS or numbers >= min(MAX_GRADIENT, count * GRADIENT_PER_ROW):
+        return None
+    least = MIN_IMAGES if torch.get_num_threads() == 1 else 1
+    return next((height for height in IMAGE_HEIGHTS if count >= least * height), None)
 
 
-def convolved_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
-    """As `weight_gradient`, for contiguous operands: of a 1 x 1 convolution over images of a column of pixels each."""
-    count = max(1, len(rows) // IMAGE)
-    whole = len(rows) // count * count
-    # Channels last: [N, C] is [count, C, N / count, 1] without a copy.
-    images = [one[:whole].view(count, -1, 1, one.shape[1]).permute(0, 3, 1, 2) for one in (gradient, rows)]
+def convolved_gradient(gradient: Tensor, rows: Tensor, *, height: int) -> Tensor:
+    """As `weight_gradient`, for contiguous operands: of a 1 x 1 convolution over images of `height` x 1 pixels."""
+    count = len(rows) // height
+    whole = count * height
+    # Channels last: [N, C] is [count, C, height, 1] without a copy.
+    images = [one[:whole].view(count, height, 1, -1).permute(0, 3, 1, 2) for one in (gradient, rows)]
     shape = rows.new_empty(1).expand(gradient.shape[1], rows.shape[1], 1, 1)  # its numbers are not read
     geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed or not, groups
     wanted = [False, True, False]

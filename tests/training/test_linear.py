@@ -67,53 +67,54 @@ def test_output_and_gradients_are_those_of_float64(
         assert (got - exact).abs().max() < 2**-24 * math.sqrt(2000) * 4 * exact.abs().max()
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @needs_onednn
-@pytest.mark.parametrize("rows_count", [1024, 1029, 2303])
+@pytest.mark.parametrize("rows_count", [1024, 2032, 4050])
 @pytest.mark.parametrize(("width_in", "width_out"), [(96, 160), (160, 96), (64, 64)])
-def test_weight_gradients_on_two_threads(
-    onednn: None,
-    two_threads: None,
-    monkeypatch: pytest.MonkeyPatch,
-    rows_count: int,
-    width_in: int,
-    width_out: int,
+def test_weight_gradients_as_those_of_convolutions(
+    onednn: None, threads: int, monkeypatch: pytest.MonkeyPatch, rows_count: int, width_in: int, width_out: int
 ) -> None:
-    calls = []
+    heights = []
     real = subject.convolved_gradient
-    monkeypatch.setattr(subject, "convolved_gradient", lambda *operands: calls.append(1) or real(*operands))
+    monkeypatch.setattr(
+        subject,
+        "convolved_gradient",
+        lambda *operands, height: heights.append(height) or real(*operands, height=height),
+    )
     torch.manual_seed(0)
     gradient, rows = torch.randn(rows_count, width_out), torch.randn(rows_count, width_in)
     found, exact = weight_gradient(gradient, rows), gradient.double().t() @ rows.double()
-    assert calls == [1]
+    # One thread wants 16 images: of 251 rows or of 127.
+    assert heights == ({1024: [], 2032: [127], 4050: [251]}[rows_count] if threads == 1 else [251])
     assert found.shape == (width_out, width_in)
     assert (found - exact).abs().max() < 2**-24 * math.sqrt(rows_count) * 4 * exact.abs().max()
     assert torch.equal(found, weight_gradient(gradient, rows))  # the same sums in the same order
 
 
-@needs_onednn
-@pytest.mark.parametrize("rows_count", [1, 255, 256, 700])
-def test_few_rows_of_images(rows_count: int) -> None:
+@pytest.mark.parametrize("rows_count", [5, 9, 14, 15])
+def test_rows_beyond_whole_images_count(rows_count: int) -> None:
     gradient, rows = torch.randn(rows_count, 24), torch.randn(rows_count, 40)
-    torch.testing.assert_close(subject.convolved_gradient(gradient, rows), gradient.t() @ rows, atol=1e-4, rtol=1e-4)
+    found = subject.convolved_gradient(gradient, rows, height=5)
+    torch.testing.assert_close(found, gradient.t() @ rows, atol=1e-4, rtol=1e-4)
 
 
 @needs_onednn
-def test_a_large_gradient_and_strided_rows_stay_products(
-    onednn: None, two_threads: None, monkeypatch: pytest.MonkeyPatch
+def test_a_large_gradient_odd_widths_and_strided_rows_stay_products(
+    onednn: None, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subject, "convolved_gradient", None)
     for gradient, rows in (
         (torch.randn(1024, 512), torch.randn(1024, 640)),  # 512 x 640 numbers, more than 256 for each row
         (torch.randn(1023, 64), torch.randn(1023, 64)),
         (torch.randn(2048, 128)[:, ::2], torch.randn(2048, 64)),
+        (torch.randn(2048, 100), torch.randn(2048, 64)),
     ):
         torch.testing.assert_close(weight_gradient(gradient, rows), gradient.t() @ rows, atol=1e-3, rtol=1e-4)
 
