@@ -25,7 +25,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from rlhf.lm.backbone import LogitsHead
 from rlhf.lm.cache import InPlaceCache
 from rlhf.lm.decode_products import match_keys, wants_keys_across, weigh_values
-from rlhf.lm.fusible_structure import has_fusible_structure, is_plain_linear, norm_epsilon, paired_rows, parts_of
+from rlhf.lm.fusible_structure import has_fusible_structure, is_plain_linear, norm_epsilon, parts_of
+from rlhf.lm.rotary import HalvedRotation, PairedRotation, paired_components, paired_rows
 from rlhf.lm.shared_prompt import attend
 from rlhf.training.linear import linear, linear_onto, pack
 
@@ -147,45 +148,6 @@ class _Layer:
     scaling: float
 
 
-@dataclass(frozen=True)
-class _Halves:
-    """Rotary embedding as x * cos + (-second half, first half) * sin.
-
-    A roll swaps the halves; the sign is in `sines`.
-    """
-
-    cosines: Tensor
-    """[n, 1, D]."""
-    sines: Tensor
-    """[n, 1, D]."""
-
-    def __getitem__(self, positions: Tensor) -> _Halves:
-        return _Halves(self.cosines.index_select(0, positions), self.sines.index_select(0, positions))
-
-    def turn_(self, heads: Tensor) -> None:
-        """Rotate [n, h, D] in place."""
-        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-        if self.cosines.dtype is heads.dtype:
-            heads.mul_(self.cosines).addcmul_(swapped, self.sines)
-        else:
-            heads.copy_(heads * self.cosines + swapped * self.sines)
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Rotary embedding of paired heads (`paired_rows`): a third of the operations."""
-
-    turns: Tensor
-    """[n, h, D / 2] complex; repeated for every head, since rows of one head's width are too short to be fast."""
-
-    def __getitem__(self, positions: Tensor) -> _Pairs:
-        return _Pairs(self.turns.index_select(0, positions))
-
-    def turn_(self, heads: Tensor) -> None:
-        """Rotate [n, h, D] in place."""
-        torch.view_as_complex(heads.unflatten(2, (-1, 2))).mul_(self.turns)
-
-
 class FusedStep:
     """Decode steps with the weights a body has now; make a new one whenever they may have changed.
 
@@ -202,18 +164,15 @@ class FusedStep:
         has_table = positions > 0 and getattr(self.rotary, "rope_type", None) in STATIC_ROTARY
         self.paired = has_table and dtype is None and _can_pair(body.layers)
         self.layers = [_read_layer(layer, dtype, paired=self.paired) for layer in body.layers]
-        half = self.layers[0].head_dim // 2
-        self.signs = torch.ones(2 * half, dtype=self.embedding.dtype, device=self.embedding.device)
-        self.signs[:half] = -1.0
-        self.table = self._rotate(torch.arange(positions, device=self.signs.device)[:, None]) if has_table else None
+        places = torch.arange(positions, device=self.embedding.device)
+        self.table = self._rotate(places[:, None]) if has_table else None
 
     def take_over(self, cache: InPlaceCache) -> None:
         """Bring the prompts that the body's own forward wrote into the precision and order of these steps."""
         if self.dtype is not None:
             cache.round_to(self.dtype)
         if self.paired:
-            width = self.layers[0].head_dim
-            cache.order_keys(torch.arange(width, device=self.signs.device).view(2, -1).t().flatten())
+            cache.order_keys(paired_components(self.layers[0].head_dim).to(self.embedding.device))
 
     @property
     def wants_keys_across(self) -> bool:
@@ -235,7 +194,7 @@ class FusedStep:
             Hidden states [n, H] for the head.
         """
         hidden = nn.functional.embedding(tokens, self.embedding)
-        rotation = self._rotate(positions) if self.table is None else self.table[positions.squeeze(1)]
+        rotation = self._rotate(positions) if self.table is None else self.table.at(positions.squeeze(1))
         for index, layer in enumerate(self.layers):
             heads = _project_heads(layer, hidden, rotation)
             keys_values = heads[:, layer.query_heads :].unflatten(1, (2, layer.key_heads))
@@ -246,24 +205,22 @@ class FusedStep:
             hidden = layer.down.add_to(hidden, layer.activation(gate).mul_(up))
         return self.norm(hidden)
 
-    def _rotate(self, positions: Tensor) -> _Halves | _Pairs:
+    def _rotate(self, positions: Tensor) -> PairedRotation | HalvedRotation:
         """Rotary embedding of positions [n, 1], by the model's own module."""
         cosines, sines = self.rotary(self.embedding, position_ids=positions)  # [n, 1, D]
-        if not self.paired:
-            return _Halves(cosines, sines * self.signs)
-        layer, half = self.layers[0], cosines.shape[2] // 2
-        turns = torch.complex(cosines[..., :half], sines[..., :half])  # both halves of a head turn alike
-        return _Pairs(turns.repeat(1, layer.query_heads + layer.key_heads, 1))
+        kind, layer = PairedRotation if self.paired else HalvedRotation, self.layers[0]
+        return kind.of(cosines[:, 0], sines[:, 0], heads=layer.query_heads + layer.key_heads)
 
 
-def _project_heads(layer: _Layer, hidden: Tensor, rotation: _Halves | _Pairs) -> Tensor:
+def _project_heads(layer: _Layer, hidden: Tensor, rotation: PairedRotation | HalvedRotation) -> Tensor:
     """Rotated queries and keys, then values, [n, Hq + H + H, D], of hidden states [n, H]."""
-    heads = layer.qkv(hidden).view(len(hidden), -1, layer.head_dim)
-    turned = heads[:, : -layer.key_heads]
+    products = layer.qkv(hidden)
+    heads = products.view(len(hidden), -1, layer.head_dim)
     if layer.query_key_norm is not None:
+        turned = heads[:, : -layer.key_heads]
         normed = rms_norm(turned, (layer.head_dim,), None, layer.query_key_norm.epsilon)
         torch.mul(normed, layer.query_key_norm.weight, out=turned)
-    rotation.turn_(turned)
+    rotation.turn_(products)
     return heads
 
 

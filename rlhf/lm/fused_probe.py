@@ -58,7 +58,7 @@ def _same_norms(body: Any, step: FusedStep) -> bool:
     pairs = [(body.norm, step.norm)]
     for module, layer in zip(body.layers, step.layers, strict=True):
         pairs += [(module.input_layernorm, layer.qkv.norm), (module.post_attention_layernorm, layer.gate_up.norm)]
-    probe = torch.linspace(-1.0, 3.0, step.embedding.shape[1], dtype=step.embedding.dtype, device=step.signs.device)
+    probe = torch.linspace(-1.0, 3.0, step.embedding.shape[1], dtype=step.embedding.dtype, device=step.embedding.device)
     return all(_same(module(probe[None]), norm(probe[None])) for module, norm in pairs)
 
 

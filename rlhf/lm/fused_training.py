@@ -6,7 +6,7 @@
   layer's attention only the tokens go on whose hidden states are asked for.
 - Queries, keys and values are one product, the norm's weight is multiplied into the matrix that follows, so
   that RMSNorm is one division. Residuals are added by the product that makes them. Attention is `causal_attention`'s.
-- Backward is written out: a norm, a rotation, a gated unit take two to four passes over memory instead of a dozen.
+- Backward is written out: a norm, a rotation, a gated unit take one to four passes over memory instead of a dozen.
 
 The equations, with x the residual stream [M, H], r(x) = 1 / sqrt(mean(x^2) + epsilon) and n = r(x) x:
 
@@ -23,7 +23,6 @@ layers, goes through its own forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, silu
 
 from rlhf.lm.causal_attention import causal_attention
-from rlhf.lm.fusible_structure import has_fusible_structure, norm_epsilon, paired_rows
+from rlhf.lm.fusible_structure import has_fusible_structure, norm_epsilon
+from rlhf.lm.rotary import PairedRotation, paired_rows
 from rlhf.lm.token_layout import TokenLayout
 from rlhf.training.linear import linear, linear_onto, weight_gradient
 
@@ -56,12 +56,14 @@ class FusedPass:
         words = self.body.embed_tokens
         hidden = embedding(layout.ids, words.weight, words.padding_idx)
         rotation = self._rotation(layout, hidden)
+        order = paired_rows(self.body.layers[0].self_attn)
         for index, layer in enumerate(self.body.layers):
             attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
             projections = (attention.q_proj, attention.k_proj, attention.v_proj)
             weights = [module.weight for module in projections]
             biases = [module.bias for module in projections if module.bias is not None]
-            heads = _Heads.apply(hidden, layout, rotation, norm_epsilon(norm), norm.weight, *weights, *biases)
+            places = (layout, rotation, order, attention.head_dim)
+            heads = _Heads.apply(hidden, *places, norm_epsilon(norm), norm.weight, *weights, *biases)
             attended = _ToTokens.apply(causal_attention(*heads, scale=attention.scaling), layout)
             if wanted is not None and index + 1 == len(self.body.layers):
                 # An embedding is a gather whose gradient is fast where a token is wanted twice, as a prompt's last is.
@@ -72,15 +74,11 @@ class FusedPass:
             hidden = _Block.apply(hidden, attended, norm_epsilon(norm), norm.weight, *weights)
         return _Norm.apply(hidden, norm_epsilon(self.body.norm), self.body.norm.weight)  # type: ignore[return-value]
 
-    def _rotation(self, layout: TokenLayout, hidden: Tensor) -> _Rotation:
+    def _rotation(self, layout: TokenLayout, hidden: Tensor) -> PairedRotation:
         cosines, sines = self.body.rotary_emb(hidden[None], position_ids=layout.positions[None])  # [1, M, D]
-        width = sines.shape[-1]
-        half = width // 2
         attention = self.body.layers[0].self_attn
-        heads = (attention.q_proj.out_features + attention.k_proj.out_features) // width
-        # Both halves of a head turn alike. Repeated for every head: rows of one head's width are too short to be fast.
-        turns = torch.complex(cosines[0, :, :half], sines[0, :, :half]).repeat(1, heads)
-        return _Rotation(turns, paired_rows(attention), width)
+        heads = (attention.q_proj.out_features + attention.k_proj.out_features) // sines.shape[2]
+        return PairedRotation.of(cosines[0], sines[0], heads=heads)
 
 
 def read_fused_pass(body: Any) -> FusedPass | None:
@@ -104,40 +102,6 @@ def read_fused_pass(body: Any) -> FusedPass | None:
     return FusedPass(body)
 
 
-@dataclass(frozen=True)
-class _Rotation:
-    """Rotary embedding of the tokens at hand, of paired heads: products of queries and keys stay the same."""
-
-    turns: Tensor
-    """[M, h * D / 2] complex, alike for every head of queries and keys."""
-    order: Tensor
-    """[C], see `paired_rows`."""
-    width: int
-    """D of a head."""
-
-    @cached_property
-    def turns_back(self) -> Tensor:
-        """[M, h * D / 2] conjugates of the turns."""
-        return self.turns.conj_physical()
-
-    @cached_property
-    def places(self) -> Tensor:
-        """[C] the inverse of `order`."""
-        return self.order.argsort()
-
-    def turn_(self, products: Tensor) -> None:
-        """Rotate the first h heads of [M, C] in place."""
-        self._pairs(products).mul_(self.turns)
-
-    def turn_back_(self, gradient: Tensor) -> None:
-        """Apply the transposed map, in place."""
-        self._pairs(gradient).mul_(self.turns_back)
-
-    def _pairs(self, products: Tensor) -> Tensor:
-        turned = products[:, : 2 * self.turns.shape[1]]
-        return torch.view_as_complex(turned.unflatten(1, (-1, 2)))
-
-
 class _Heads(torch.autograd.Function):
     """Norm, projections and rotation: hidden states [M, H] to queries, keys and values [h, B, S, D]."""
 
@@ -146,35 +110,36 @@ class _Heads(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         layout: TokenLayout,
-        rotation: _Rotation,
+        rotation: PairedRotation,
+        order: Tensor,
+        width: int,
         epsilon: float,
         norm: Tensor,
         *weights_and_biases: Tensor,
     ) -> tuple[Tensor, ...]:
         weights, biases = weights_and_biases[:3], weights_and_biases[3:]
         normed, inverse = _normalize(hidden, epsilon)
-        bias = torch.cat(biases)[rotation.order] if biases else None
-        products = linear(normed, torch.cat(weights)[rotation.order] * norm, bias)
+        bias = torch.cat(biases)[order] if biases else None
+        products = linear(normed, torch.cat(weights)[order] * norm, bias)
         rotation.turn_(products)
-        ctx.save_for_backward(normed, inverse, norm, *weights)
+        ctx.save_for_backward(normed, inverse, norm, order, *weights)
         ctx.layout, ctx.rotation, ctx.has_biases = layout, rotation, bool(biases)
-        heads = layout.to_rows(products).unflatten(2, (-1, rotation.width))  # [B, S, h, D]
+        heads = layout.to_rows(products).unflatten(2, (-1, width))  # [B, S, h, D]
         heads = heads.permute(2, 0, 1, 3).contiguous()
-        return heads.split([weight.shape[0] // rotation.width for weight in weights])
+        return heads.split([weight.shape[0] // width for weight in weights])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        normed, inverse, norm, *weights = ctx.saved_tensors
+        normed, inverse, norm, order, *weights = ctx.saved_tensors
         rows = torch.cat([gradient.permute(1, 2, 0, 3) for gradient in gradients], dim=2)  # [B, S, h, D]
         products = ctx.layout.sum_to_tokens(rows.flatten(2))
-        rotation = ctx.rotation
-        rotation.turn_back_(products)
-        matrix, sizes = torch.cat(weights)[rotation.order], [weight.shape[0] for weight in weights]
+        ctx.rotation.turn_back_(products)
+        matrix, sizes = torch.cat(weights)[order], [weight.shape[0] for weight in weights]
         hidden = _normalize_backward(linear(products, (matrix * norm).t()), normed, inverse)
         gradient, norm_gradient = _normed_weight_gradient(products, normed, norm, matrix)
-        biases = products.sum(dim=0)[rotation.places].split(sizes) if ctx.has_biases else ()
-        return hidden, None, None, None, norm_gradient, *gradient[rotation.places].split(sizes), *biases
+        biases = _in_places(order, products.sum(dim=0)).split(sizes) if ctx.has_biases else ()
+        return hidden, *[None] * 5, norm_gradient, *_in_places(order, gradient).split(sizes), *biases
 
 
 class _ToTokens(torch.autograd.Function):
@@ -247,6 +212,11 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         normed, inverse, weight = ctx.saved_tensors
         return _normalize_backward(gradient * weight, normed, inverse), None, (gradient * normed).sum(dim=0)
+
+
+def _in_places(order: Tensor, rows: Tensor) -> Tensor:
+    """Undo `[order]`."""
+    return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
 def _normalize(hidden: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

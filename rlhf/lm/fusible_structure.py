@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf.training.linear import FastLinear
 
@@ -114,18 +113,6 @@ def _runs_its_own_forward(module: nn.Module) -> bool:
 def norm_epsilon(module: Any) -> Any:
     """The epsilon of an RMSNorm module, under whichever of its two names."""
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
-def paired_rows(attention: Any) -> Tensor:
-    """Which row of the query, key and value matrices, one below the other, makes each component where heads are paired.
-
-    Rotary embedding turns component i of a head with component i + D / 2. In paired heads the two lie side by side, a
-    complex number's parts, and turning is one product. Values stay as they are.
-    """
-    turned = attention.q_proj.out_features + attention.k_proj.out_features
-    rows = torch.arange(turned + attention.v_proj.out_features, device=attention.q_proj.weight.device)
-    rows[:turned] = rows[:turned].view(-1, 2, attention.head_dim // 2).transpose(1, 2).flatten()
-    return rows
 
 
 def parts_of(module: nn.Module) -> set[str]:
