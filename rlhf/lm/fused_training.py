@@ -176,18 +176,19 @@ class _Block(torch.autograd.Function):
         normed, inverse = _normalize(middle, epsilon)
         # Two products, not one: halves of a row would be read and written slowly by all that follows.
         opened, raised = linear(normed, gate * norm), linear(normed, up * norm)  # [M, I]
-        ctx.save_for_backward(attended, normed, inverse, opened, raised, norm, output, gate, up, down)
-        return linear_onto(middle, silu(opened).mul_(raised), down)
+        inner = silu(opened).mul_(raised)
+        ctx.save_for_backward(attended, normed, inverse, opened, raised, inner, norm, output, gate, up, down)
+        return linear_onto(middle, inner, down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        attended, normed, inverse, opened, raised, norm, output, gate, up, down = ctx.saved_tensors
-        active = silu(opened)
-        inner = linear(gradient, down.t())  # [M, I]
-        raised_gradient = inner * active
-        down_gradient = weight_gradient(gradient, active.mul_(raised))
-        opened_gradient = torch.ops.aten.silu_backward.grad_input(inner.mul_(raised), opened, grad_input=active)
+        attended, normed, inverse, opened, raised, inner, norm, output, gate, up, down = ctx.saved_tensors
+        down_gradient = weight_gradient(gradient, inner)
+        product_gradient = linear(gradient, down.t())  # [M, I]
+        raised_gradient = silu(opened).mul_(product_gradient)
+        product_gradient.mul_(raised)
+        opened_gradient = torch.ops.aten.silu_backward.grad_input(product_gradient, opened, grad_input=product_gradient)
         along = linear_onto(linear(opened_gradient, (gate * norm).t()), raised_gradient, (up * norm).t())
         middle = _normalize_backward(along, normed, inverse).add_(gradient)
         gate_gradient, gate_norm = _normed_weight_gradient(opened_gradient, normed, norm, gate)
