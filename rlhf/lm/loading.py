@@ -59,7 +59,7 @@ class ModelConfig(Config):
     """Train low-rank adapters instead of all weights."""
     quantization: Literal["nf4", "int8"] | None = None
     """QLoRA (https://arxiv.org/abs/2305.14314): keep the frozen weights in 4-bit NormalFloat or 8 bits, computed with
-    in bfloat16; asks for `path`, `lora`, a GPU and bitsandbytes."""
+    in bfloat16 (float32 without a GPU, slowly); asks for `path`, `lora` and bitsandbytes."""
     attention: str | None = None
     """Attention implementation of transformers: `sdpa` (its default), `eager`, `flash_attention_2`, ..."""
     gradient_checkpointing: bool = False
@@ -154,8 +154,7 @@ def load_causal_lm(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
 
     Raises:
         ModelError: The folder cannot be opened, or tokenizer and model do not fit.
-        ConfigError: `config` has an unknown model type or an unknown key; or `quantization` without a GPU or
-            without bitsandbytes.
+        ConfigError: `config` has an unknown model type or an unknown key; or `quantization` without bitsandbytes.
     """
     loaded = _build(model, tokenizer) if model.config is not None else _open(model)
     if tokenizer is not None and len(tokenizer) > loaded.config.get_text_config().vocab_size:
@@ -220,14 +219,10 @@ def _open(model: ModelConfig) -> PreTrainedModel:
 
 
 def _quantization_arguments(model: ModelConfig) -> dict[str, Any]:
-    """What transformers is told of the quantized weights; on this process's GPU, because they cannot be moved."""
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "quantized weights are computed with on a GPU, and there is none",
-            where="model.quantization",
-            got=model.quantization,
-            remedy="Remove model.quantization; model.lora alone runs anywhere.",
-        )
+    """What transformers is told of the quantized weights; on this process's GPU, because they cannot be moved.
+
+    Without a GPU they stay on the CPU, where products are computed in float32: slow, with the same weights.
+    """
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             "quantized weights need bitsandbytes",
@@ -242,16 +237,17 @@ def _quantization_arguments(model: ModelConfig) -> dict[str, Any]:
             got=model.path,
             remedy="Merge it first: load_causal_lm(ModelConfig(path=...)).save_pretrained(folder).",
         )
+    on_gpu = torch.cuda.is_available()
     if model.quantization == "nf4":
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.bfloat16 if on_gpu else torch.float32,
         )
     else:
         settings = BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device() if on_gpu else "cpu"}}
 
 
 def _prepare_quantized(model: PreTrainedModel) -> Any:

@@ -184,20 +184,13 @@ def test_config_reads_from_yaml(tmp_path):
     assert config.lora == LoraSettings(rank=8, target_modules=["q_proj"])
 
 
-# --- quantized weights: what can be tested without a GPU -------------------------------------------------------------
+# --- quantized weights: what can be tested without bitsandbytes; see test_quantized.py for the rest ------------------
 
 
 @pytest.mark.parametrize("settings", [{"path": "x"}, {"config": SMALL, "lora": {}}])
 def test_quantized_weights_are_for_lora_on_an_existing_model(settings):
     with pytest.raises(ConfigError, match=r"set `path` and `lora`"):
         validate(ModelConfig, {"quantization": "nf4", **settings})
-
-
-def test_quantized_weights_without_a_gpu_are_refused(tmp_path, monkeypatch):
-    fresh_model().save_pretrained(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"on a GPU, and there is none.*model.lora alone runs anywhere"):
-        load_causal_lm(ModelConfig(path=str(tmp_path), lora=LoraSettings(), quantization="nf4"))
 
 
 def test_quantized_weights_without_bitsandbytes_say_how_to_install_it(tmp_path, monkeypatch):
@@ -210,7 +203,7 @@ def test_quantized_weights_without_bitsandbytes_say_how_to_install_it(tmp_path, 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_transformers_is_asked_for_quantized_weights(quantization, tmp_path, monkeypatch):
-    """A stand-in for from_pretrained: what bitsandbytes does with it needs a GPU and is not tested here."""
+    """A stand-in for from_pretrained on a GPU."""
     asked = {}
 
     def open_model(path, **arguments):
