@@ -254,6 +254,11 @@ def _prepare_quantized(model: PreTrainedModel) -> Any:
     """Freeze the weights and keep norms and embeddings in float32; checkpointing is switched on by its own setting."""
     from peft import prepare_model_for_kbit_training
 
+    for module in model.modules():
+        # On some CPUs it packs 4-bit weights of certain shapes when it first predicts, fails on others, and computes in
+        # bfloat16 from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 

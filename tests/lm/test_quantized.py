@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="these are of a CPU; see test_on_gpu.py"),
     pytest.mark.filterwarnings("ignore"),
 ]
-SHAPE = {"hidden_size": 64, "intermediate_size": 128}
+SHAPE = {"hidden_size": 64, "intermediate_size": 172}
 
 
 def quantized(folder: Path, kind: str):
@@ -82,6 +82,19 @@ def test_what_is_computed_is_the_model_but_for_its_rounding(folder, kind, error)
         got = getattr(model.get_base_model().model.layers[0].self_attn, name)(hidden)
         distance = float((got - exact).norm() / exact.norm())
         assert 1e-4 < distance < error, name
+
+
+def test_products_are_those_of_the_rounded_weights_in_float32_whoever_asks(folder):
+    from bitsandbytes.functional import dequantize_4bit
+
+    model = quantized(folder, "nf4")
+    hidden = torch.randn(32, SHAPE["hidden_size"])
+    for layer in (module.base_layer for name, module in model.named_modules() if name.endswith("mlp.up_proj")):
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert weight.dtype is torch.float32
+        for grad in (False, True):  # generation and the update's forward
+            got = layer(hidden.requires_grad_(grad))
+            torch.testing.assert_close(got, hidden @ weight.t(), atol=1e-4, rtol=1e-4)
 
 
 def test_completions_are_those_of_greedy_decoding_by_transformers(folder):
