@@ -75,10 +75,11 @@ class FusedPass:
         return _Norm.apply(hidden, norm_epsilon(self.body.norm), self.body.norm.weight)  # type: ignore[return-value]
 
     def _rotation(self, layout: TokenLayout, hidden: Tensor) -> PairedRotation:
-        cosines, sines = self.body.rotary_emb(hidden[None], position_ids=layout.positions[None])  # [1, M, D]
+        places = torch.arange(layout.width, device=hidden.device)[None]
+        cosines, sines = self.body.rotary_emb(hidden[None], position_ids=places)  # [1, S, D]
         attention = self.body.layers[0].self_attn
         heads = (attention.q_proj.out_features + attention.k_proj.out_features) // sines.shape[2]
-        return PairedRotation.of(cosines[0], sines[0], heads=heads)
+        return PairedRotation.of(cosines[0], sines[0], heads=heads).at(layout.positions)
 
 
 def read_fused_pass(body: Any) -> FusedPass | None:

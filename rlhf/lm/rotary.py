@@ -52,7 +52,7 @@ class PairedRotation:
         return self.turns.conj_physical()
 
     def at(self, rows: Tensor) -> PairedRotation:
-        """That of some rows."""
+        """That of some rows, which may repeat."""
         return PairedRotation(self.turns.index_select(0, rows))
 
     def turn_(self, products: Tensor) -> None:
