@@ -113,14 +113,11 @@ def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     """
     if not _goes_through_onednn(rows, gradient.t()):
         return gradient.t() @ rows
-    narrow = gradient.shape[1] <= rows.shape[1]
+    if gradient.shape[1] < rows.shape[1]:
+        return weight_gradient(rows, gradient).t()
     height = _image_height(gradient, rows)
     if height is not None:
-        operands = (rows, gradient) if narrow else (gradient, rows)
-        product = convolved_gradient(*operands, height=height)
-        return product.t() if narrow else product
-    if narrow:
-        return _product(gradient.t(), rows.t(), None)
+        return convolved_gradient(gradient, rows, height=height)
     return _product(rows.t(), gradient.t(), None).t()
 
 

@@ -54,10 +54,9 @@ def test_weights_are_kept_in_few_bits_and_stay_while_adapters_learn(folder, kind
     }
     torch.manual_seed(0)
     actions = torch.randint(VOCABULARY, (8, 6))
-    mask = torch.ones(8, 3, dtype=torch.bool)
     inputs = {
         "prompt_ids": torch.randint(VOCABULARY, (8, 3)),
-        "prompt_mask": mask,
+        "prompt_mask": torch.ones(8, 3, dtype=torch.bool),
         "completion_mask": torch.ones(8, 6, dtype=torch.bool),
     }
     optimizer = torch.optim.Adam(learned, lr=1e-2)
@@ -147,7 +146,9 @@ def test_sft_then_grpo_on_quantized_weights_by_recipes(tmp_path, kind):
     }
     grpo.main(validate(grpo.CONFIG, second))
     lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line)
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert len(norms) == 2
+    assert min(norms) > 0
     saved = tmp_path / "grpo" / "model"
     adapters = load_file(saved / "adapter_model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in adapters.items() if "lora_B" in name)
