@@ -23,6 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 SHAPE = {"hidden_size": 64, "intermediate_size": 172}
+# The 16 numbers of 4-bit NormalFloat: https://arxiv.org/abs/2305.14314, appendix E, rounded.
+NF4 = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
+NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1]
 
 
 def quantized(folder: Path, kind: str):
@@ -89,6 +92,7 @@ def test_products_are_those_of_the_rounded_weights_in_float32_whoever_asks(folde
     model = quantized(folder, "nf4")
     hidden = torch.randn(32, SHAPE["hidden_size"])
     for layer in (module.base_layer for name, module in model.named_modules() if name.endswith("mlp.up_proj")):
+        torch.testing.assert_close(layer.weight.quant_state.code, torch.tensor(NF4), atol=1e-4, rtol=0)
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert weight.dtype is torch.float32
         for grad in (False, True):  # generation and the update's forward
