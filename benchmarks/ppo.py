@@ -10,7 +10,8 @@ own. The two take turns, step by step, so that a busy machine slows both alike. 
 CPU in float32: a policy, its frozen copy as the reference, a reward model, and a critic of its own that starts from the
 reward model. A step is 64 completions of 64 prompts, KL in the reward (k1, 0.05), GAE, and in each epoch one optimizer
 step on all 64. TRL takes the old log-probs from its generation; so does ours, as long as a forward every 20th step
-finds that they agree (`old_log_probs: auto`). Ours scores text with the reward model as a recipe does (decode, tokenize
+finds that they agree (`old_log_probs: auto`), and it keeps the critic's forward over the rollout for the first epoch
+(`keep_critic_forward`). Ours scores text with the reward model as a recipe does (decode, tokenize
 again), TRL scores token ids. Peak memory is that of a process for each side.
 
 Cases `*_32`, `*_128`, `*_24` run every completion to that limit: the end token has a probability of 1e-9. In
@@ -134,7 +135,7 @@ class Ours:
             critic=str(folder / "reward"),
             accelerator=accelerator,
         )
-        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=4096, adam_epsilon=1e-8)
+        update = UpdateConfig(learning_rate=LEARNING_RATE, microbatch_tokens=4608, adam_epsilon=1e-8)
         self.learner = Learner(actors.policy, self.algorithm, update, accelerator=accelerator)
         sampling = SamplingConfig(max_completion_length=settings["limit"])
         self.collector = PromptCollector(
@@ -143,7 +144,9 @@ class Ours:
             generator=actors.generator,
             tokenizer=actors.tokenizer,
             reward=RewardModelScorer.from_pretrained(folder / "reward"),
-            config=CollectorConfig(prompts_per_iteration=settings["rows"], sampling=sampling, samples=0),
+            config=CollectorConfig(
+                prompts_per_iteration=settings["rows"], sampling=sampling, samples=0, keep_critic_forward=True
+            ),
             reference=actors.reference,
         )
         self.lengths: list[float] = []

@@ -77,6 +77,7 @@ def estimate(
         advantages=advantages,
         returns=returns if algorithm.needs_critic else None,
         old_values=rollout.values if algorithm.needs_critic else None,
+        live_values=rollout.live_values if algorithm.needs_critic else None,
         ref_log_probs=rollout.ref_log_probs,
         weights=_weights(rollout, algorithm),
         imitation=_imitation(rollout, algorithm, reduce),

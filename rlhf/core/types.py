@@ -58,6 +58,8 @@ class Rollout:
     """[B, T] V(s_t) at collection."""
     next_values: Tensor | None = None
     """[B, T] V(s_{t+1}): 0 where terminated, V of the true next state where truncated."""
+    live_values: Tensor | None = None
+    """[B, T] `values` as the critic's forward left them, differentiable; None where that forward was not kept."""
     ref_log_probs: Tensor | None = None
     """[B, T] log-probs under the frozen reference."""
     sampling_log_probs: Tensor | None = None
@@ -97,6 +99,8 @@ class Experience:
     returns: Tensor | None = None
     """[B, T] regression targets of the critic."""
     old_values: Tensor | None = None
+    live_values: Tensor | None = None
+    """[B, T] `old_values`, differentiable: the first epoch's forward of the critic, where the collector has kept it."""
     ref_log_probs: Tensor | None = None
     weights: Tensor | None = None
     """[B, T] detached factors of the surrogate (a correction for the generation engine, discount^t), or None."""

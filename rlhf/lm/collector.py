@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ class PromptCollector:
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         _check_settings(config, prompts, policy=policy, processes=processes)
         _check_algorithm(algorithm, config, reward)
+        if config.keep_critic_forward:
+            _check_keeping(policy, algorithm, processes=processes)
         self.policy, self.reference, self.generator = policy, reference, generator
         self.tokenizer, self.reward, self.config, self.accelerator = tokenizer, reward, config, accelerator
         # All prompts are encoded now, so that one that is too long is refused before any time is spent.
@@ -240,6 +243,7 @@ class PromptCollector:
         inputs = {"prompt_ids": samples.prompt_ids, "prompt_mask": samples.prompt_mask, "completion_mask": mask}
         skips_forward = self._skips_forward()
         output = self._policy_output(inputs, samples, skips_forward=skips_forward)
+        values = None if output.values is None else output.values.detach()
         reference = None
         if self.reference is not None:
             with self._autocast():
@@ -267,8 +271,9 @@ class PromptCollector:
             rewards=judged.placed(ends.cpu()).to(mask.device),
             old_log_probs=output.log_probs,
             episode_ends=ends,
-            values=output.values,
-            next_values=None if output.values is None else carry_values(output.values, mask, episode_ends=ends),
+            values=values,
+            live_values=output.values if self.config.keep_critic_forward else None,
+            next_values=None if values is None else carry_values(values, mask, episode_ends=ends),
             ref_log_probs=reference,
             sampling_log_probs=samples.sampling_log_probs,
             group_ids=groups.to(mask.device),
@@ -286,13 +291,14 @@ class PromptCollector:
         return self.config.old_log_probs == "sampling"
 
     def _policy_output(self, inputs: dict[str, Tensor], samples: Samples, *, skips_forward: bool) -> PolicyOutput:
-        actions, tokens = samples.completion_ids, self.config.measure_tokens
+        actions, tokens, keeps = samples.completion_ids, self.config.measure_tokens, self.config.keep_critic_forward
+        values = None
         with self._autocast():
+            if self.policy.has_critic and (skips_forward or keeps):
+                values = measure_alone(self.policy.action_values, inputs, actions, tokens=tokens, differentiable=keeps)
             if not skips_forward:
-                return measure(self.policy, inputs, actions, tokens=tokens)
-            values = None
-            if self.policy.has_critic:
-                values = measure_alone(self.policy.action_values, inputs, actions, tokens=tokens)
+                output = measure(partial(self.policy, with_values=not keeps), inputs, actions, tokens=tokens)
+                return output._replace(values=values) if keeps else output
         log_probs = samples.sampling_log_probs.clone()
         return PolicyOutput(log_probs=log_probs, entropy=torch.zeros_like(log_probs), values=values)
 
@@ -337,6 +343,26 @@ def _check_settings(
             where="collector.old_log_probs",
             remedy="Set it to recompute, or give the critic a body of its own.",
         )
+
+
+def _check_keeping(policy: LanguageModelPolicy, algorithm: AlgorithmConfig | None, *, processes: int) -> None:
+    """Refuse to keep a forward that no epoch could use."""
+    if policy.critic is None:
+        what = "a critic with a body of its own, and the policy has none"
+    elif processes > 1:
+        what = f"one process, and there are {processes}"
+    elif algorithm is not None and algorithm.minibatches > 1:
+        what = (
+            f"one minibatch, and the algorithm has {algorithm.minibatches}: most of them meet a critic that has moved"
+        )
+    else:
+        return
+    raise ConfigError(
+        f"the critic's forward can be kept for {what}",
+        where="collector.keep_critic_forward",
+        got="true",
+        remedy="Set it to false.",
+    )
 
 
 def _check_algorithm(algorithm: AlgorithmConfig | None, config: CollectorConfig, reward: RewardFunction) -> None:

@@ -59,6 +59,10 @@ class CollectorConfig(Config):
     """recompute: by the trainer's own forward. sampling: the generator's, one forward fewer. auto: these too, as long
     as a forward every 20th iteration finds that the two agree within 1e-5 nats on average. A critic on the policy's
     hidden states needs the forward anyhow: with one, auto is recompute."""
+    keep_critic_forward: bool = False
+    """Let the critic's forward over the rollout serve the first epoch too, which saves one of epochs + 1 of them. It
+    takes the memory of the critic's activations over the whole rollout; `rlhf explain` counts it. For a critic with a
+    body of its own, one minibatch, one process."""
     shaping: ShapingConfig = ShapingConfig()
     dynamic_sampling: DynamicSampling | None = None
     mask_truncated: bool = False

@@ -1,4 +1,7 @@
-"""No-grad forwards over a whole rollout: what the policy, its critic and the reference think of given completions."""
+"""Forwards over a whole rollout: what the policy, its critic and the reference think of given completions.
+
+Without gradients, unless the next update is to use one of them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ CPU_TOKENS = 4096
 Scorer = Callable[[Mapping[str, Tensor], Tensor], PolicyOutput]
 
 
-@torch.no_grad()
-def measure(policy: Scorer, inputs: Mapping[str, Tensor], actions: Tensor, *, tokens: int) -> PolicyOutput:
+def measure(
+    policy: Scorer, inputs: Mapping[str, Tensor], actions: Tensor, *, tokens: int, differentiable: bool = False
+) -> PolicyOutput:
     """Run a policy over R rows in length-sorted microbatches.
 
     Rows of similar length go together and the policy trims each microbatch to its own longest row, so little
@@ -28,6 +32,7 @@ def measure(policy: Scorer, inputs: Mapping[str, Tensor], actions: Tensor, *, to
         actions: [R, T] completion ids.
         tokens: Budget of a microbatch: rows x (longest prompt + longest completion) stays below it. A row
             longer than the budget runs alone. On a CPU the budget is `CPU_TOKENS` at most.
+        differentiable: Keep what all microbatches need for a backward.
 
     Returns:
         PolicyOutput with [R, T] tensors, 0 where not attended.
@@ -36,16 +41,17 @@ def measure(policy: Scorer, inputs: Mapping[str, Tensor], actions: Tensor, *, to
     pieces: list[tuple[Tensor, PolicyOutput]] = []
     if actions.device.type == "cpu":
         tokens = min(tokens, CPU_TOKENS)
-    for rows in length_sorted_batches(lengths.cpu(), tokens=tokens):
-        rows = rows.to(actions.device)
-        pieces.append((rows, policy({name: tensor[rows] for name, tensor in inputs.items()}, actions[rows])))
-    order = torch.cat([rows for rows, _ in pieces]).argsort()
-    with_values = pieces[0][1].values is not None
-    return PolicyOutput(
-        log_probs=torch.cat([piece.log_probs for _, piece in pieces])[order],
-        entropy=torch.cat([piece.entropy for _, piece in pieces])[order],
-        values=torch.cat([piece.values for _, piece in pieces])[order] if with_values else None,
-    )
+    with torch.set_grad_enabled(differentiable):
+        for rows in length_sorted_batches(lengths.cpu(), tokens=tokens):
+            rows = rows.to(actions.device)
+            pieces.append((rows, policy({name: tensor[rows] for name, tensor in inputs.items()}, actions[rows])))
+        order = torch.cat([rows for rows, _ in pieces]).argsort()
+        with_values = pieces[0][1].values is not None
+        return PolicyOutput(
+            log_probs=torch.cat([piece.log_probs for _, piece in pieces])[order],
+            entropy=torch.cat([piece.entropy for _, piece in pieces])[order],
+            values=torch.cat([piece.values for _, piece in pieces])[order] if with_values else None,
+        )
 
 
 def length_sorted_batches(lengths: Tensor, *, tokens: int) -> Iterator[Tensor]:
@@ -78,6 +84,7 @@ def measure_alone(
     actions: Tensor,
     *,
     tokens: int,
+    differentiable: bool = False,
 ) -> Tensor:
     """As `measure`, for a function that returns one tensor [R, T]: a reference's log-probs, a critic's values."""
 
@@ -85,4 +92,4 @@ def measure_alone(
         measured = function(inputs, actions)
         return PolicyOutput(log_probs=measured, entropy=measured, values=None)
 
-    return measure(as_output, inputs, actions, tokens=tokens).log_probs
+    return measure(as_output, inputs, actions, tokens=tokens, differentiable=differentiable).log_probs

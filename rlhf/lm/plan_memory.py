@@ -117,18 +117,24 @@ def _update_memory(
     """What one microbatch takes."""
     row = (prompt_length or 0) + length
     update, minibatches = config.update, config.algorithm.minibatches
+    everything = rows * row
     rows = math.ceil(rows / minibatches)
     if getattr(update, "microbatch_rows", None) is not None:
         rows = min(rows, update.microbatch_rows)
     tokens = min(update.microbatch_tokens or rows * row, rows * row)
     low = resolve_precision(config.mixed_precision) == "bf16"
     bodies = 2 if config.algorithm.needs_critic and config.critic.start != "head" else 1
+    critic_kept = getattr(config.collector, "keep_critic_forward", False)
     memory: Memory = {
         "logits of a chunk, forward and backward": 2 * _chunk_bytes(size.vocabulary, min(tokens, rows * length)),
         "activations of a microbatch, about": _activations(
-            config.model, tokens=bodies * tokens, length=row, low=low, tokenizer=tokenizer
+            config.model, tokens=(1 if critic_kept else bodies) * tokens, length=row, low=low, tokenizer=tokenizer
         ),
     }
+    if critic_kept:  # the first epoch's microbatches are the policy's alone, and each is no larger than the rollout
+        memory["activations of the critic over a rollout, about"] = _activations(
+            config.model, tokens=everything, length=row, low=low, tokenizer=tokenizer
+        )
     if low:
         memory["weights in bfloat16 for a forward"] = bodies * size.parameters * 2
     return memory

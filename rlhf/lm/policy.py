@@ -107,7 +107,12 @@ class LanguageModelPolicy(nn.Module):
         return self
 
     def forward(
-        self, inputs: Mapping[str, Tensor], actions: Tensor, *, temperature: float | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        actions: Tensor,
+        *,
+        temperature: float | None = None,
+        with_values: bool = True,
     ) -> PolicyOutput:
         """Score completions.
 
@@ -120,6 +125,7 @@ class LanguageModelPolicy(nn.Module):
                 `completion_mask` [B, T] bool, True on tokens the model attended to (tool tokens included).
             actions: [B, T] completion token ids; where the mask is False any value is fine.
             temperature: Instead of the policy's own; texts that nobody sampled are scored at 1.
+            with_values: False leaves the values out, and a critic with a body of its own is not run.
 
         Returns:
             log-probs, entropy and values [B, T], float32; 0 where `completion_mask` is False.
@@ -131,7 +137,7 @@ class LanguageModelPolicy(nn.Module):
         shape = actions.shape
         log_probs, entropy, selected = self._score(packed, temperature=temperature)
         values = None
-        if self.value_head is not None:
+        if self.value_head is not None and with_values:
             if self.critic is not None:
                 selected = _hidden_states(self.critic, packed)
             values = _scatter(self._values(selected), packed.places, shape)

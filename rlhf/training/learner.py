@@ -18,7 +18,7 @@ from rlhf.core.entropy import EntropyCoefficient
 from rlhf.core.estimate import standardize_advantages
 from rlhf.core.masking import Reduce, identity, masked_sum, standardize
 from rlhf.core.objective import LossSums, Objective, SurrogateFunction
-from rlhf.core.types import Experience, PolicyOutput
+from rlhf.core.types import Experience, PolicyOutput, present
 from rlhf.training import schedules
 from rlhf.training.batching import (
     Epoch,
@@ -184,6 +184,10 @@ class Learner:
             rows = experience if plan.order is None else experience.select(plan.order.to(experience.actions.device))
             if self._standardizes and minibatches > 1:
                 rows = _standardized(rows, plan, reduce=self.reduce)
+            live = rows.live_values
+            if live is not None:  # of the weights as they are now: all microbatches leave their gradients at a leaf
+                rows = replace(rows, live_values=live.detach().requires_grad_())
+                experience = replace(experience, live_values=None)
             tally.start_epoch()
             for index, minibatch in enumerate(plan.minibatches):
                 if minibatch.actions == 0:
@@ -191,6 +195,9 @@ class Learner:
                     continue
                 own = rows_between(rows, minibatch.start, minibatch.stop)
                 sums = self._backward(own, minibatch, filler_from=rows, kl_coef=kl_coef, clip_scale=clip_scale)
+                if live is not None:
+                    live.backward(present(rows.live_values).grad)
+                    live, rows = None, replace(rows, live_values=None)
                 measured = self._measure(sums)
                 norm = self._optimizer.gradient_norm()
                 if not math.isfinite(norm + measured[-1] + measured[-2]):
@@ -252,7 +259,7 @@ class Learner:
 
     def _by_autograd(self, rows: Experience, minibatch: Minibatch, settings: dict[str, float]) -> LossSums:
         """Add a microbatch's gradient; its loss sums, detached."""
-        output = self._model(rows.inputs, rows.actions)
+        output = self._score(rows)
         recorded = self._recorded_for(rows, settings)
         found = None if recorded is None else recorded(output, rows, minibatch.denominators)
         if found is not None:
@@ -267,6 +274,11 @@ class Learner:
             loss = _reach_every_output(loss, output) * self.accelerator.num_processes
         loss.backward()
         return LossSums(sums.policy.detach(), sums.value.detach(), sums.metrics)
+
+    def _score(self, rows: Experience) -> PolicyOutput:
+        if rows.live_values is None:
+            return self._model(rows.inputs, rows.actions)
+        return self._model(rows.inputs, rows.actions, with_values=False)._replace(values=rows.live_values)
 
     def _by_hand(self, rows: Experience, minibatch: Minibatch, settings: dict[str, float]) -> LossSums | None:
         """Add a microbatch's gradient without torch's operations; None where autograd has to do it.

@@ -19,6 +19,8 @@ from rlhf.lm.prompt_stream import PromptStream
 from rlhf.lm.reference import FrozenReference
 from rlhf.lm.sampling import SamplingConfig
 from rlhf.rewards.combination import CombinedReward, RewardPart
+from rlhf.training.learner import Learner
+from rlhf.training.update_config import UpdateConfig
 
 TOKENIZER = character_tokenizer("abc>")
 PAD, END, A, B = 0, 2, 3, 4
@@ -297,9 +299,7 @@ def test_auto_takes_the_generators_log_probs_only_after_a_check():
 
 
 def test_a_critic_of_its_own_is_asked_without_the_policy():
-    critic = load_causal_lm(ModelConfig(config=MODEL), TOKENIZER)
-    policy = make_policy(critic=critic)
-    torch.nn.init.normal_(policy.value_head.weight)
+    policy = policy_with_critic()
     collector = make_collector(policy)
     collector.collect()
     rollout = collector.collect()
@@ -307,6 +307,61 @@ def test_a_critic_of_its_own_is_asked_without_the_policy():
     expected = policy(rollout.inputs, rollout.actions)
     torch.testing.assert_close(rollout.values, expected.values, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(rollout.old_log_probs, expected.log_probs, atol=1e-4, rtol=1e-5)
+
+
+def policy_with_critic() -> LanguageModelPolicy:
+    torch.manual_seed(1)
+    policy = make_policy(critic=load_causal_lm(ModelConfig(config=MODEL), TOKENIZER))
+    torch.nn.init.normal_(policy.value_head.weight)
+    return policy
+
+
+def ppo_step(*, keep: bool, epochs: int) -> tuple[LanguageModelPolicy, list[int]]:
+    """A policy after one rollout and update, and how many rows each forward of its critic read."""
+    policy = policy_with_critic()
+    algorithm = ALGORITHMS["ppo_rlhf"].model_copy(update={"epochs": epochs})
+    rows: list[int] = []
+    policy.critic.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    settings = {"prompts_per_iteration": 4, "keep_critic_forward": keep}
+    collector = make_collector(policy, config=settings, algorithm=algorithm, reference=FrozenReference(policy))
+    learner = Learner(policy, algorithm, UpdateConfig(learning_rate=1e-2, microbatch_rows=3))
+    learner.update(estimate(collector.collect(), algorithm, kl_coef=0.1))
+    return policy, rows
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_kept_forward_of_the_critic_serves_the_first_epoch(epochs):
+    """The same step from a forward less: 8 rows are 3 microbatches of an update."""
+    (plain, plain_rows), (kept, kept_rows) = (ppo_step(keep=keep, epochs=epochs) for keep in (False, True))
+    assert plain_rows == [8] + [3, 3, 2] * epochs
+    assert kept_rows == [8] + [3, 3, 2] * (epochs - 1)
+    start = dict(policy_with_critic().named_parameters())
+    for (name, expected), got in zip(plain.named_parameters(), kept.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert not torch.allclose(got, start[name], atol=1e-4), f"{name} has not moved"
+
+
+def test_what_is_kept_are_the_values():
+    policy = policy_with_critic()
+    collector = make_collector(policy, config={"keep_critic_forward": True})
+    for _ in range(2):  # with the policy's own forward, and with the generator's log-probs
+        rollout = collector.collect()
+        assert torch.equal(rollout.live_values, rollout.values)
+        assert rollout.live_values.requires_grad
+        assert not rollout.values.requires_grad
+        assert not rollout.old_log_probs.requires_grad
+    assert "rollout/entropy_mean" not in rollout.metrics
+
+
+def test_keeping_what_no_epoch_could_use_is_refused():
+    keeping = {"keep_critic_forward": True}
+    with pytest.raises(ConfigError, match="body of its own"):
+        make_collector(make_policy(critic="head"), config=keeping)
+    several = ALGORITHMS["ppo_rlhf"].model_copy(update={"minibatches": 2})
+    with pytest.raises(ConfigError, match="one minibatch, and the algorithm has 2"):
+        make_collector(policy_with_critic(), config=keeping, algorithm=several)
 
 
 def test_a_critic_on_the_policys_states_takes_the_policys_forward():
