@@ -171,35 +171,43 @@ class DQN:
             resample_noise(self.online.network.noisy_layers, self.noise_generator)
             if self.target is not None:
                 resample_noise(self.target.network.noisy_layers, self.noise_generator)
-        with torch.no_grad():
-            target = self.bootstrap(batch)
-        outputs = self._forward(batch.observations)
-        actions = batch.actions.to(self.device)
-        with torch.no_grad():
-            loss = loss_of(self.config.values, outputs, actions, target, weights=self._moved(batch.weights))
-        self._backward(outputs, loss.gradient)
+        loss = self._differentiate(batch) if self.direct is None else self._differentiate_by_hand(self.direct, batch)
         norm = self.online.step(progress=progress)
         if prioritized is not None:
-            prioritized.update_priorities(batch.indices, loss.errors.cpu().numpy())
+            errors = loss.errors.cpu().numpy() if isinstance(loss.errors, Tensor) else loss.errors
+            prioritized.update_priorities(batch.indices, errors)
         if isinstance(self.config.target, SoftTarget):
             self.target.move_towards(self.online, rate=self.config.target.rate)
         return {"loss": loss.losses.mean(), "q_mean": loss.predictions.mean(), "grad_norm": norm}
 
-    def _forward(self, observations: Tensor) -> Tensor:
-        """The online network's outputs [B, A, M], ready for `_backward`."""
-        if self.direct is not None:
-            return torch.from_numpy(self.direct.forward(observations.numpy())).view(-1, *self._output_shape)
-        return self.online.network(observations.to(self.device))
-
-    def _backward(self, outputs: Tensor, gradient: Tensor) -> None:
-        if self.direct is not None:
-            self.direct.backward(gradient.numpy().reshape(len(gradient), -1))
-            return
+    def _differentiate(self, batch: Transitions) -> LossAndGradient[Tensor]:
+        """Leave the gradient of the batch's loss at the parameters."""
+        with torch.no_grad():
+            target = self.bootstrap(batch)
+        outputs = self.online.network(batch.observations.to(self.device))
+        weights = None if batch.weights is None else batch.weights.to(self.device)
+        with torch.no_grad():
+            loss = loss_of(self.config.values, outputs, batch.actions.to(self.device), target, weights=weights)
         self.online.zero_grad()
-        outputs.backward(gradient)
+        outputs.backward(loss.gradient)
+        return loss
 
-    def _moved(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.device)
+    def _differentiate_by_hand(self, network: DirectGradient, batch: Transitions) -> LossAndGradient[Any]:
+        """The same without autograd, and for scalar values without tensors."""
+        with torch.no_grad():
+            outputs = network.forward(batch.observations.numpy()).reshape(-1, *self._output_shape)
+            values, weights = self.config.values, batch.weights
+            if isinstance(values, ScalarValues):
+                plain = None if weights is None else weights.numpy()
+                targets = self._scalar_targets(batch)
+                loss = scalar_loss(outputs, batch.actions.numpy(), targets, weights=plain, huber=values.huber)
+                gradient = loss.gradient
+            else:
+                target = self.bootstrap(batch)
+                loss = loss_of(values, torch.from_numpy(outputs), batch.actions, target, weights=weights)
+                gradient = loss.gradient.numpy()
+        network.backward(gradient.reshape(len(gradient), -1))
+        return loss
 
     def _synchronize(self, env_steps: int) -> None:
         """Copy the online network to the target network once every `every_steps` environment steps."""
@@ -211,6 +219,8 @@ class DQN:
 
     def bootstrap(self, batch: Transitions) -> Tensor:
         """Return the target: [B] values, [B, M] probabilities, or [B, M] quantiles."""
+        if self.direct is not None and isinstance(self.config.values, ScalarValues):
+            return torch.from_numpy(self._scalar_targets(batch))
         following = batch.next_observations
         bootstrap = self._following(self.target or self.online, self.target_mirror, following)
         chooser = bootstrap
@@ -221,6 +231,19 @@ class DQN:
             best = best.masked_fill(~batch.next_action_masks.to(self.device), -torch.inf)
         rewards, discounts = batch.rewards.to(self.device), batch.discounts.to(self.device)
         return target_of(self.config.values, taken(bootstrap, best.argmax(dim=1)), rewards=rewards, discounts=discounts)
+
+    def _scalar_targets(self, batch: Transitions) -> np.ndarray:
+        """`bootstrap` of values whose networks run in NumPy."""
+        assert self.target_mirror is not None
+        assert self.policy.mirror is not None
+        following = batch.next_observations.numpy()
+        values = self.target_mirror(following)
+        chooser = self.policy.mirror(following) if self.config.double else values
+        if batch.next_action_masks is not None:
+            chooser = np.where(batch.next_action_masks.numpy(), chooser, -np.inf)
+        # Not the maximum of what chooses: after the end no action may be valid, and 0 x -inf is no number.
+        best = values.max(axis=1) if chooser is values else values[np.arange(len(values)), chooser.argmax(axis=1)]
+        return batch.rewards.numpy() + batch.discounts.numpy() * best
 
     def _following(self, holder: FlatNetwork, mirror: NumpyMirror | None, observations: Tensor) -> Tensor:
         """Outputs [B, A, M] of a network that is only asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,22 @@ def test_the_scalar_loss_by_hand():
     assert scalar_loss(outputs, actions, targets, huber=None).losses.tolist() == pytest.approx([0.125, 4.5])
     assert scalar_loss(outputs, actions, targets).errors.tolist() == pytest.approx([0.5, 3.0])
     assert scalar_loss(outputs, actions, targets).predictions.tolist() == [0.5, 4.0]
+
+
+@pytest.mark.parametrize("huber", [1.0, None])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_arrays_and_tensors_have_one_scalar_loss(huber, weighted):
+    random = np.random.default_rng(0)
+    outputs, targets, weights = (
+        random.normal(size=shape, scale=2).astype(np.float32) for shape in ((16, 3, 1), 16, 16)
+    )
+    arrays = (outputs, random.integers(3, size=16), targets)
+    found = scalar_loss(*arrays, weights=weights if weighted else None, huber=huber)
+    tensors = [torch.from_numpy(array) for array in arrays]
+    expected = scalar_loss(*tensors, weights=torch.from_numpy(weights) if weighted else None, huber=huber)
+    for own, other in zip(found, expected, strict=True):
+        assert own.dtype == np.float32
+        np.testing.assert_allclose(own, other.numpy(), rtol=1e-6)
 
 
 def plain(kind, huber):

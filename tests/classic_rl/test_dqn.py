@@ -117,6 +117,16 @@ def test_invalid_actions_are_not_bootstrapped_from(kernel):
         assert agent.bootstrap(batch_of(torch.zeros(2, 4), masks=masks)).tolist() == [2.0, 6.0]
 
 
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_an_end_without_a_valid_action_is_worth_its_reward(kernel, double):
+    agent, _ = build(network={"kernel": kernel}, double=double)
+    set_constant(agent.target, [2.0, 10.0])
+    batch = batch_of(torch.zeros(1, 4), masks=torch.tensor([[False, False]]))._replace(discounts=torch.zeros(1))
+    with torch.no_grad():
+        assert agent.bootstrap(batch).tolist() == [1.0]
+
+
 def test_without_a_target_network_the_online_one_is_taken():
     agent, _ = build(target={"type": "none"})
     set_constant(agent.online, [5.0, 3.0])
