@@ -6,13 +6,15 @@ them; a process computes the rows it holds. So the steps are those that one proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from rlhf.core.masking import Reduce, identity, standardize
 from rlhf.core.types import Experience
 from rlhf.errors import TrainingError
 from rlhf.training.distributed import gather_stack
@@ -260,3 +262,37 @@ def masked_filler(experience: Experience, *, row: int = 0) -> Experience:
     """Return one row with every action masked: it costs a forward and contributes exactly nothing."""
     filler = experience.select(torch.tensor([row], device=experience.actions.device))
     return replace(filler, action_mask=torch.zeros_like(filler.action_mask), complete=False)
+
+
+def microbatches(
+    own: Experience, minibatch: Minibatch, *, filler_from: Experience
+) -> Iterator[tuple[Experience, bool]]:
+    """Yield each microbatch of a minibatch's rows, and whether it is the last; fully masked ones fill up at the end."""
+    total, start = len(minibatch.sizes) + minibatch.fillers, 0
+    for index, size in enumerate(minibatch.sizes):
+        yield rows_between(own, start, start + size), index + 1 == total
+        start += size
+    for index in range(minibatch.fillers):
+        yield masked_filler(filler_from), index + 1 == minibatch.fillers
+
+
+def standardize_minibatches(rows: Experience, plan: Epoch, *, reduce: Reduce) -> Experience:
+    """Return the rows, in an epoch's order, with the advantages of every minibatch standardized by themselves."""
+    counted = rows.counted
+    if counted is None and reduce is identity:  # those of equal size at once
+        parts = []
+        for size, equal in groupby(plan.minibatches, key=lambda minibatch: minibatch.stop - minibatch.start):
+            start, *others = equal
+            together = rows.advantages[start.start : start.start + size * (1 + len(others))]
+            each = torch.vmap(lambda advantages: standardize(advantages, None))(together.unflatten(0, (-1, size)))
+            parts.append(each.flatten(0, 1))
+        return replace(rows, advantages=torch.cat(parts))
+    parts = [
+        standardize(
+            rows.advantages[minibatch.start : minibatch.stop],
+            None if counted is None else counted[minibatch.start : minibatch.stop],
+            reduce=reduce,
+        )
+        for minibatch in plan.minibatches
+    ]
+    return replace(rows, advantages=torch.cat(parts))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from rlhf.core.algorithm import AlgorithmConfig, FixedKl, KlInLoss
 from rlhf.core.entropy import EntropyCoefficient
 from rlhf.core.estimate import standardize_advantages
-from rlhf.core.masking import Reduce, identity, masked_sum, standardize
+from rlhf.core.masking import masked_sum
 from rlhf.core.objective import LossSums, Objective, SurrogateFunction
 from rlhf.core.types import Experience, PolicyOutput, present
 from rlhf.training import schedules
@@ -27,9 +25,10 @@ from rlhf.training.batching import (
     Shard,
     clear_masked,
     make_shard,
-    masked_filler,
+    microbatches,
     plan_epochs,
     rows_between,
+    standardize_minibatches,
 )
 from rlhf.training.diagnosis import non_finite_error
 from rlhf.training.distributed import make_accelerator, make_reduce, refuse_unsupported
@@ -183,7 +182,7 @@ class Learner:
         for epoch, plan in enumerate(self._plan(experience, shard)):
             rows = experience if plan.order is None else experience.select(plan.order.to(experience.actions.device))
             if self._standardizes and minibatches > 1:
-                rows = _standardized(rows, plan, reduce=self.reduce)
+                rows = standardize_minibatches(rows, plan, reduce=self.reduce)
             live = rows.live_values
             if live is not None:  # of the weights as they are now: all microbatches leave their gradients at a leaf
                 rows = replace(rows, live_values=live.detach().requires_grad_())
@@ -242,7 +241,7 @@ class Learner:
             "clip_scale": clip_scale,
             "entropy_coef": self.entropy_coef.value,
         }
-        for rows, is_last in _microbatches(own, minibatch, filler_from):
+        for rows, is_last in microbatches(own, minibatch, filler_from=filler_from):
             sums = self._by_hand(rows, minibatch, settings)
             if sums is None:
                 with self._sync(is_last and not mixes):
@@ -360,7 +359,7 @@ class Learner:
         total = torch.zeros((), device=rows.actions.device)
         for minibatch in plan.minibatches:
             own = rows_between(rows, minibatch.start, minibatch.stop)
-            for part, _ in _microbatches(own, minibatch, rows):
+            for part, _ in microbatches(own, minibatch, filler_from=rows):
                 total += self.objective(self._model(part.inputs, part.actions), part).metrics[index]
         actions = sum(minibatch.actions for minibatch in plan.minibatches)
         return self.reduce(total).item() / max(1, actions)
@@ -397,38 +396,6 @@ class Learner:
 
 def _on_device(experience: Experience, device: torch.device) -> Experience:
     return experience if experience.actions.device == device else experience.to(device)
-
-
-def _standardized(rows: Experience, plan: Epoch, *, reduce: Reduce) -> Experience:
-    """Standardize the advantages of every minibatch by itself."""
-    counted = rows.counted
-    if counted is None and reduce is identity:  # those of equal size at once
-        parts = []
-        for size, equal in groupby(plan.minibatches, key=lambda minibatch: minibatch.stop - minibatch.start):
-            start, *others = equal
-            together = rows.advantages[start.start : start.start + size * (1 + len(others))]
-            each = torch.vmap(lambda advantages: standardize(advantages, None))(together.unflatten(0, (-1, size)))
-            parts.append(each.flatten(0, 1))
-        return replace(rows, advantages=torch.cat(parts))
-    parts = [
-        standardize(
-            rows.advantages[minibatch.start : minibatch.stop],
-            None if counted is None else counted[minibatch.start : minibatch.stop],
-            reduce=reduce,
-        )
-        for minibatch in plan.minibatches
-    ]
-    return replace(rows, advantages=torch.cat(parts))
-
-
-def _microbatches(own: Experience, minibatch: Minibatch, filler_from: Experience) -> Iterator[tuple[Experience, bool]]:
-    """Yield each microbatch, and whether it is the last; fully masked ones fill up at the end."""
-    total, start = len(minibatch.sizes) + minibatch.fillers, 0
-    for index, size in enumerate(minibatch.sizes):
-        yield rows_between(own, start, start + size), index + 1 == total
-        start += size
-    for index in range(minibatch.fillers):
-        yield masked_filler(filler_from), index + 1 == minibatch.fillers
 
 
 def _added(one: LossSums, other: LossSums) -> LossSums:
