@@ -90,6 +90,7 @@ class Ours:
             tokenizer=tokenizer,
             reward=reward,
             config=config,
+            algorithm=algorithm,
             accelerator=accelerator,
         )
         self.generation_seconds = 0.0

@@ -385,6 +385,15 @@ class AlgorithmConfig(Config):
         return self.value_loss is not None
 
     @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether the log-probs under the policy that collected must be known before the first step's own forward.
+
+        Where one step is made of a rollout, they are that forward's.
+        """
+        first = isinstance(self.kl, KlInReward) or self.rollout_correction is not None
+        return first or self.epochs > 1 or self.minibatches > 1
+
+    @property
     def needs_groups(self) -> bool:
         """Whether rows must come in groups of at least two."""
         return isinstance(self.advantages, GroupRelative | GroupRelativeParts | LeaveOneOut | BestOfGroup)

@@ -82,6 +82,7 @@ def estimate(
         weights=_weights(rollout, algorithm),
         imitation=_imitation(rollout, algorithm, reduce),
         behaviour_log_probs=_behaviour(rollout) if algorithm.off_policy_threshold is not None else None,
+        on_policy=rollout.on_policy,
     )
     if getattr(algorithm.advantages, "standardize", "none") == "batch":
         return standardize_advantages(experience, reduce=reduce)
@@ -223,7 +224,14 @@ def _imitation(rollout: Rollout, algorithm: AlgorithmConfig, reduce: Reduce) -> 
 
 def _require(rollout: Rollout, algorithm: AlgorithmConfig) -> None:
     """Refuse a rollout that lacks what the algorithm reads."""
+    measured = None if rollout.on_policy else rollout.old_log_probs
     needs = [
+        (
+            algorithm.needs_old_log_probs,
+            measured,
+            "old_log_probs",
+            "Collect with this algorithm, or with collector.old_log_probs=recompute.",
+        ),
         (algorithm.wants_values, rollout.values, "values", "Give the policy a critic, or use group advantages."),
         (
             algorithm.needs_reference,

@@ -116,6 +116,8 @@ class Objective:
             ConfigError: The algorithm trains a critic that the policy lacks.
         """
         _check_shapes(output, experience)
+        if experience.on_policy:
+            experience = replace(experience, old_log_probs=output.log_probs.detach())
         mask, old_log_probs = experience.counted, experience.old_log_probs
         experience = self._clip_advantages(experience)
         ratio_mask = mask if self.algorithm.ratio == "token" else experience.action_mask

@@ -51,7 +51,7 @@ class Rollout:
     rewards: Tensor
     """[B, T] reward per action; a completion's score sits on its last real action."""
     old_log_probs: Tensor
-    """[B, T] log-probs under the policy that collected, by the trainer's forward."""
+    """[B, T] log-probs under the policy that collected, by the trainer's forward; with `on_policy`, the engine's."""
     episode_ends: Tensor
     """[B, T] bool, True where the episode terminated or was truncated after this action."""
     values: Tensor | None = None
@@ -64,6 +64,9 @@ class Rollout:
     """[B, T] log-probs under the frozen reference."""
     sampling_log_probs: Tensor | None = None
     """[B, T] log-probs as the generation engine reported them."""
+    on_policy: bool = False
+    """True where one step is made of these rows, and its own forward gives what the old log-probs would be: they are
+    those of the same weights, so that every ratio is 1. No forward before it computed them."""
     group_ids: Tensor | None = None
     """[B] int64; rows with one id answered the same prompt or started from the same state."""
     baselines: Tensor | None = None
@@ -108,6 +111,8 @@ class Experience:
     """[B, T] factors of the likelihood of the rollout's successes, 0 on other rows, or None."""
     behaviour_log_probs: Tensor | None = None
     """[B, T] log-probs under what drew the actions, where rows that have drifted too far from it are left out."""
+    on_policy: bool = False
+    """As in `Rollout`."""
     complete: bool = False
     """True where it is known that every action counts: nothing has to be masked then, which saves operations."""
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -119,8 +119,12 @@ class PromptCollector:
         self._quota = config.prompts_per_iteration // processes
         self._seed, self._rank, self._iteration = seed, rank, 0
         # A head on the policy's hidden states needs the policy's forward in any case.
-        self._may_trust = config.sampling.full_support and (not policy.has_critic or policy.critic is not None)
+        may_skip = config.old_log_probs == "auto" and (not policy.has_critic or policy.critic is not None)
+        self._may_trust = may_skip and config.sampling.full_support
         self._trusts_generator = False
+        # Under top-p or top-k the generator's log-probs do not tell the distance to the reference.
+        tells_kl = reference is None or config.sampling.full_support
+        self._takes_one_step = may_skip and tells_kl and algorithm is not None and not algorithm.needs_old_log_probs
         self._greedy_baseline = algorithm is not None and isinstance(algorithm.advantages, GreedyBaseline)
 
     def collect(self) -> Rollout:
@@ -241,8 +245,8 @@ class PromptCollector:
         """Add what the trainer's own forwards say, and put rewards where the completions end."""
         samples, mask = judged.samples, judged.samples.completion_mask
         inputs = {"prompt_ids": samples.prompt_ids, "prompt_mask": samples.prompt_mask, "completion_mask": mask}
-        skips_forward = self._skips_forward()
-        output = self._policy_output(inputs, samples, skips_forward=skips_forward)
+        source = self._source_of_old_log_probs()
+        output = self._policy_output(inputs, samples, skips_forward=source != "forward")
         values = None if output.values is None else output.values.detach()
         reference = None
         if self.reference is not None:
@@ -250,18 +254,7 @@ class PromptCollector:
                 reference = measure_alone(
                     self.reference.log_probs, inputs, samples.completion_ids, tokens=self.config.measure_tokens
                 )
-        measured = measured_statistics(
-            mask,
-            old_log_probs=output.log_probs,
-            sampling_log_probs=samples.sampling_log_probs,
-            entropy=None if skips_forward else output.entropy,
-            ref_log_probs=reference,
-        )
-        metrics |= gather_metrics(measured, accelerator=self.accelerator)
-        if skips_forward:  # the generator was compared with itself
-            metrics = {name: value for name, value in metrics.items() if "sampling_mismatch" not in name}
-        else:
-            self._trusts_generator = metrics["rollout/sampling_mismatch_mean"] < AGREEMENT
+        metrics |= self._compare(samples, output, reference, skips_forward=source != "forward")
         ends = last_position(mask)
         parts, part_weights = judged.parts()
         return Rollout(
@@ -270,6 +263,7 @@ class PromptCollector:
             action_mask=mask.clone(),
             rewards=judged.placed(ends.cpu()).to(mask.device),
             old_log_probs=output.log_probs,
+            on_policy=source == "step",
             episode_ends=ends,
             values=values,
             live_values=output.values if self.config.keep_critic_forward else None,
@@ -284,11 +278,32 @@ class PromptCollector:
             samples=readable_samples(samples, scores=judged.scores, rewards=judged.rewards, count=self.config.samples),
         )
 
-    def _skips_forward(self) -> bool:
-        """Whether the generator's log-probs serve as old log-probs in this iteration."""
-        if self.config.old_log_probs == "auto":
-            return self._may_trust and self._trusts_generator and self._iteration % RECHECK_EVERY != 0
-        return self.config.old_log_probs == "sampling"
+    def _source_of_old_log_probs(self) -> Literal["generator", "step", "forward"]:
+        """Who gives this iteration's: the generator, the one step made of the rollout, or a forward before it."""
+        if self.config.old_log_probs == "sampling":
+            return "generator"
+        if self.config.old_log_probs == "recompute" or self._iteration % RECHECK_EVERY == 0:
+            return "forward"
+        if self._may_trust and self._trusts_generator:
+            return "generator"
+        return "step" if self._takes_one_step else "forward"
+
+    def _compare(
+        self, samples: Samples, output: PolicyOutput, reference: Tensor | None, *, skips_forward: bool
+    ) -> dict[str, float]:
+        """Metrics of the rows that the rollout keeps; a forward decides whether the generator is trusted afterwards."""
+        measured = measured_statistics(
+            samples.completion_mask,
+            old_log_probs=output.log_probs,
+            sampling_log_probs=samples.sampling_log_probs,
+            entropy=None if skips_forward else output.entropy,
+            ref_log_probs=reference,
+        )
+        metrics = gather_metrics(measured, accelerator=self.accelerator)
+        if skips_forward:  # the generator was compared with itself
+            return {name: value for name, value in metrics.items() if "sampling_mismatch" not in name}
+        self._trusts_generator = metrics["rollout/sampling_mismatch_mean"] < AGREEMENT
+        return metrics
 
     def _policy_output(self, inputs: dict[str, Tensor], samples: Samples, *, skips_forward: bool) -> PolicyOutput:
         actions, tokens, keeps = samples.completion_ids, self.config.measure_tokens, self.config.keep_critic_forward

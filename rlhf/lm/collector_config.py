@@ -57,8 +57,9 @@ class CollectorConfig(Config):
     """Token budget of a microbatch of the no-grad forwards."""
     old_log_probs: Literal["auto", "recompute", "sampling"] = "auto"
     """recompute: by the trainer's own forward. sampling: the generator's, one forward fewer. auto: these too, as long
-    as a forward every 20th iteration finds that the two agree within 1e-5 nats on average. A critic on the policy's
-    hidden states needs the forward anyhow: with one, auto is recompute."""
+    as a forward every 20th iteration finds that the two agree within 1e-5 nats on average. Where they do not, and one
+    step is made of a rollout, that step's own forward gives them and logs `sampling_mismatch_mean`. A critic on the
+    policy's hidden states needs the forward anyhow: with one, auto is recompute."""
     keep_critic_forward: bool = False
     """Let the critic's forward over the rollout serve the first epoch too, which saves one of epochs + 1 of them. It
     takes the memory of the critic's activations over the whole rollout; `rlhf explain` counts it. For a critic with a

@@ -23,8 +23,9 @@ class TransformersGeneratorConfig(Config):
 class VllmGeneratorConfig(Config):
     """vLLM writes the completions, with a copy of the weights that is renewed before each rollout and evaluation.
 
-    Its kernels round otherwise than the trainer's: `rollout/sampling_mismatch_mean` tells by how much, and
-    `algorithm.rollout_correction` makes up for it. Not yet measured on a GPU.
+    Its kernels round otherwise than the trainer's: `rollout/sampling_mismatch_mean` (`sampling_mismatch_mean` where
+    one step is made of a rollout) tells by how much, and `algorithm.rollout_correction` makes up for it. Not yet
+    measured on a GPU.
     """
 
     type: Literal["vllm"] = "vllm"

@@ -2,7 +2,8 @@
 
 An engine has a copy of the weights and kernels of its own. So the weights are handed over before each rollout and
 evaluation (`synchronize`), and the engine's log-probs stay apart from the trainer's: their difference is logged as
-`rollout/sampling_mismatch_*`, examined by the doctor, and made up for by `algorithm.rollout_correction`.
+`rollout/sampling_mismatch_*` or, where one step is made of a rollout, as that step's `sampling_mismatch_mean`, examined
+by the doctor, and made up for by `algorithm.rollout_correction`.
 
 Tested against a local stand-in for the parts of vLLM 0.22 to 0.33 that are used here; not yet measured on a GPU.
 """

@@ -105,6 +105,7 @@ class Learner:
         self.mixed = mixed
         self.updates = 0
         self._only: set[str] | None = None
+        self._mismatch = torch.zeros(())
         self._generator = torch.Generator().manual_seed(seed)
         self._limits = MicrobatchLimits(rows=update.microbatch_rows, tokens=update.microbatch_tokens)
         self._standardizes = getattr(algorithm.advantages, "standardize", "none") == "minibatch"
@@ -136,7 +137,8 @@ class Learner:
             Means over all actions and steps: the objective's metrics, "grad_norm", "learning_rate", "kl_coef",
             "epochs_run" (less than `algorithm.epochs` after an early stop), "rows", "actions"; "explained_variance"
             with a critic; "kl_to_ref" and "kl_to_ref_per_sequence" with a reference. "approx_kl" and "kl_to_old" are
-            of the last epoch; kl_to_ref is of the policy that collected.
+            of the last epoch; kl_to_ref is of the policy that collected. "sampling_mismatch_mean" where the step gives
+            the old log-probs: |their difference to the engine's|.
 
         Raises:
             TrainingError: A loss or gradient that is not finite; the weights stay as before that step.
@@ -156,10 +158,13 @@ class Learner:
             experience = experience.flatten_actions()
         else:
             experience = clear_masked(experience)
+        self._mismatch = torch.zeros((), device=self.accelerator.device)
         tally = Tally(self.objective.metric_names, minibatches=self.algorithm.minibatches)
         last = self._run_epochs(experience, tally, kl_coef=kl_coef, clip_scale=scale)
         self.updates += 1
         metrics = tally.metrics() | facts | {"learning_rate": rate, "kl_coef": kl_coef}
+        if experience.on_policy:
+            metrics["sampling_mismatch_mean"] = self.reduce(self._mismatch).item() / max(1.0, facts["actions"])
         if self.mixed is not None:
             metrics |= self.mixed.metrics()
         if self.algorithm.adaptive_entropy is not None:
@@ -259,6 +264,8 @@ class Learner:
     def _by_autograd(self, rows: Experience, minibatch: Minibatch, settings: dict[str, float]) -> LossSums:
         """Add a microbatch's gradient; its loss sums, detached."""
         output = self._score(rows)
+        if rows.on_policy:
+            self._mismatch += masked_sum((output.log_probs.detach() - rows.old_log_probs).abs(), rows.counted)
         recorded = self._recorded_for(rows, settings)
         found = None if recorded is None else recorded(output, rows, minibatch.denominators)
         if found is not None:

@@ -166,6 +166,22 @@ def test_missing_engine_log_probs_are_named():
         estimate(replace(completions(), sampling_log_probs=None), algorithm)
 
 
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        AlgorithmConfig(advantages=GroupRelative(), rollout_correction=TruncatedWeights()),
+        AlgorithmConfig(advantages=GroupRelative(), epochs=2),
+        AlgorithmConfig(advantages=GroupRelative(), minibatches=2),
+        ALGORITHMS["rloo"],  # KL in the reward
+    ],
+)
+def test_old_log_probs_that_the_step_itself_would_give_come_too_late_for_these(algorithm):
+    rollout = replace(completions(), on_policy=True)
+    with pytest.raises(ConfigError, match=r"needs old_log_probs, .*recompute"):
+        estimate(rollout, algorithm)
+    assert estimate(rollout, AlgorithmConfig(advantages=GroupRelative())).on_policy
+
+
 def test_a_group_of_one_row_is_refused():
     with pytest.raises(ConfigError, match="a group of one completion"):
         estimate(replace(completions(), group_ids=torch.tensor([0, 1])), ALGORITHMS["dapo"])

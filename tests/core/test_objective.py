@@ -321,6 +321,20 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(settings, divide
     assert torch.allclose(log_probs.grad, expected, atol=1e-12)
 
 
+def test_on_policy_rows_take_their_own_log_probs_for_the_old_ones():
+    """Whatever stands in `old_log_probs`: ratio 1, distance 0, and the gradient of the plain policy gradient."""
+    log_probs = OLD.clone().requires_grad_()
+    advantages = torch.tensor([[1.5, 1.5], [-2.0, 0.0]], dtype=torch.float64)
+    objective = Objective(rows(kl=KlInLoss(against="old_policy")))
+    given = experience(advantages=advantages, old_log_probs=OLD - 3.0, on_policy=True)
+    sums = objective(PolicyOutput(log_probs, ENTROPY, None), given, kl_coef=1.0)
+    objective.loss(sums, objective.denominators(MASK)).backward()
+    assert torch.allclose(log_probs.grad, torch.where(MASK, -advantages / 3, 0.0), atol=1e-12)
+    measured = dict(zip(objective.metric_names, (sums.metrics / 3).tolist(), strict=True))
+    assert measured["ratio"] == pytest.approx(1.0)
+    assert measured["approx_kl"] == measured["kl_to_old"] == measured["clip_fraction"] == 0.0
+
+
 def test_a_rows_ratio_averages_advantages_that_differ_within_the_row():
     """At ratio 1: d loss / d log pi_t = -mean_s(A_s) / (B length), so that credit per action is lost."""
     log_probs = OLD.clone().requires_grad_()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlhf.core.advantages import group_relative
+from rlhf.core.algorithm import TruncatedWeights
 from rlhf.core.estimate import estimate
 from rlhf.core.presets import ALGORITHMS
 from rlhf.data.records import Prompt
@@ -296,6 +297,81 @@ def test_auto_takes_the_generators_log_probs_only_after_a_check():
     assert "rollout/sampling_mismatch_mean" in first.metrics
     assert "rollout/sampling_mismatch_mean" not in second.metrics
     assert torch.equal(second.old_log_probs, second.sampling_log_probs)
+
+
+def scorings(collector) -> list[int]:
+    """Iterations of 21 in which the policy scored what was drawn."""
+    seen = []
+    count_forward = collector.policy.model.model.register_forward_pre_hook(lambda *_: seen.append(len(rollouts)))
+    rollouts = []
+    for _ in range(21):
+        rollouts.append(collector.collect())
+    count_forward.remove()
+    return sorted(set(seen))
+
+
+def test_where_one_step_is_made_it_gives_the_old_log_probs():
+    """A generator that disagrees, as one in bfloat16 does: its log-probs of 0 must not get into the ratio."""
+    collector = make_collector(generator=Scripted([A, END], [A, B, END]), algorithm=ALGORITHMS["dr_grpo"])
+    assert scorings(collector) == [0, 20]
+    rollout = collector.collect()
+    assert rollout.on_policy
+    assert "rollout/entropy" not in rollout.metrics
+    assert "rollout/sampling_mismatch_mean" not in rollout.metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "config"),
+    [
+        ("ppo_rlhf", {"epochs": 1}, {}),  # KL in the reward
+        ("dr_grpo", {"epochs": 2}, {}),
+        ("dr_grpo", {"minibatches": 2}, {}),
+        ("dr_grpo", {"rollout_correction": TruncatedWeights()}, {}),
+        ("dr_grpo", {}, {"old_log_probs": "recompute"}),
+    ],
+)
+def test_what_needs_old_log_probs_before_the_step_gets_them(name, changes, config):
+    algorithm = ALGORITHMS[name].model_copy(update=changes)
+    policy = policy_with_critic() if algorithm.needs_critic else make_policy()
+    reference = FrozenReference(policy) if algorithm.needs_reference else None
+    generator = Scripted([A, END], [A, B, END])
+    collector = make_collector(policy, generator=generator, algorithm=algorithm, config=config, reference=reference)
+    assert scorings(collector) == list(range(21))
+    assert not collector.collect().on_policy
+
+
+def test_top_p_tells_no_distance_to_a_reference():
+    algorithm = ALGORITHMS["grpo"]
+    policy = make_policy()
+    for sampling, skips in (({}, True), ({"top_p": 0.9}, False)):
+        config = {"sampling": SamplingConfig(max_completion_length=4, **sampling)}
+        collector = make_collector(
+            policy, generator=Scripted([A, END]), algorithm=algorithm, config=config, reference=FrozenReference(policy)
+        )
+        assert [collector.collect().on_policy for _ in range(2)] == [False, skips]
+
+
+def test_a_step_with_its_own_old_log_probs_is_the_step_with_recomputed_ones():
+    weights = {}
+    for old in ("auto", "recompute"):
+        policy, algorithm = make_policy(), ALGORITHMS["grpo"]
+        generator, reference = Scripted([A, END], [A, B, END], [B, A, A, B]), FrozenReference(make_policy())
+        config = {"old_log_probs": old, "group_size": 3}
+        collector = make_collector(policy, generator=generator, algorithm=algorithm, config=config, reference=reference)
+        learner = Learner(policy, algorithm, UpdateConfig(learning_rate=1e-2, microbatch_rows=4))
+        for iteration in range(3):
+            rollout = collector.collect()
+            assert rollout.on_policy == (old == "auto" and iteration > 0)
+            own = policy.action_log_probs(rollout.inputs, rollout.actions)[rollout.action_mask]
+            metrics = learner.update(estimate(rollout, algorithm), kl_coef=0.04)
+        assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)
+        mismatch = metrics if rollout.on_policy else rollout.metrics  # the generator said 0 everywhere
+        name = "sampling_mismatch_mean" if rollout.on_policy else "rollout/sampling_mismatch_mean"
+        assert mismatch[name] == pytest.approx(own.abs().mean().item(), rel=1e-5)
+        weights[old] = dict(policy.named_parameters())
+    for name, expected in weights["recompute"].items():
+        torch.testing.assert_close(weights["auto"][name], expected, atol=2e-6, rtol=1e-5)
+        assert not torch.allclose(expected, dict(make_policy().named_parameters())[name], atol=1e-4)
 
 
 def test_a_critic_of_its_own_is_asked_without_the_policy():
