@@ -119,7 +119,7 @@ class PromptCollector:
         self._quota = config.prompts_per_iteration // processes
         self._seed, self._rank, self._iteration = seed, rank, 0
         # A head on the policy's hidden states needs the policy's forward in any case.
-        may_skip = config.old_log_probs == "auto" and (not policy.has_critic or policy.critic is not None)
+        may_skip = not policy.has_critic or policy.critic is not None
         self._may_trust = may_skip and config.sampling.full_support
         self._trusts_generator = False
         # Under top-p or top-k the generator's log-probs do not tell the distance to the reference.
