@@ -34,7 +34,7 @@ from rlhf.lm.judging import (
     shape_scores,
     telling_groups,
 )
-from rlhf.lm.measurement import measure, measure_alone
+from rlhf.lm.measurement import RECHECK_EVERY, measure, measure_alone, step_gives_old_log_probs
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.prompt_stream import PromptStream, mix_seed
 from rlhf.lm.reference import FrozenReference
@@ -53,8 +53,6 @@ from rlhf.training.sharding import whole_weights
 
 logger = logging.getLogger(__name__)
 
-RECHECK_EVERY = 20
-"""Iterations after which `old_log_probs: auto` compares the generator with the trainer's forward again."""
 AGREEMENT = 1e-5
 """Mean |log-prob difference| in nats below which the generator's log-probs stand for the trainer's."""
 
@@ -122,9 +120,9 @@ class PromptCollector:
         may_skip = not policy.has_critic or policy.critic is not None
         self._may_trust = may_skip and config.sampling.full_support
         self._trusts_generator = False
-        # Under top-p or top-k the generator's log-probs do not tell the distance to the reference.
-        tells_kl = reference is None or config.sampling.full_support
-        self._takes_one_step = may_skip and tells_kl and algorithm is not None and not algorithm.needs_old_log_probs
+        self._takes_one_step = may_skip and step_gives_old_log_probs(
+            algorithm, sampling=config.sampling, has_reference=reference is not None
+        )
         self._greedy_baseline = algorithm is not None and isinstance(algorithm.advantages, GreedyBaseline)
 
     def collect(self) -> Rollout:
@@ -254,7 +252,17 @@ class PromptCollector:
                 reference = measure_alone(
                     self.reference.log_probs, inputs, samples.completion_ids, tokens=self.config.measure_tokens
                 )
-        metrics |= self._compare(samples, output, reference, skips_forward=source != "forward")
+        measured = measured_statistics(
+            mask,
+            old_log_probs=output.log_probs,
+            sampling_log_probs=samples.sampling_log_probs,
+            entropy=output.entropy if source == "forward" else None,
+            ref_log_probs=reference,
+        )
+        if measured:
+            metrics |= gather_metrics(measured, accelerator=self.accelerator)
+        if source == "forward":
+            self._trusts_generator = metrics["rollout/sampling_mismatch_mean"] < AGREEMENT
         ends = last_position(mask)
         parts, part_weights = judged.parts()
         return Rollout(
@@ -287,23 +295,6 @@ class PromptCollector:
         if self._may_trust and self._trusts_generator:
             return "generator"
         return "step" if self._takes_one_step else "forward"
-
-    def _compare(
-        self, samples: Samples, output: PolicyOutput, reference: Tensor | None, *, skips_forward: bool
-    ) -> dict[str, float]:
-        """Metrics of the rows that the rollout keeps; a forward decides whether the generator is trusted afterwards."""
-        measured = measured_statistics(
-            samples.completion_mask,
-            old_log_probs=output.log_probs,
-            sampling_log_probs=samples.sampling_log_probs,
-            entropy=None if skips_forward else output.entropy,
-            ref_log_probs=reference,
-        )
-        metrics = gather_metrics(measured, accelerator=self.accelerator)
-        if skips_forward:  # the generator was compared with itself
-            return {name: value for name, value in metrics.items() if "sampling_mismatch" not in name}
-        self._trusts_generator = metrics["rollout/sampling_mismatch_mean"] < AGREEMENT
-        return metrics
 
     def _policy_output(self, inputs: dict[str, Tensor], samples: Samples, *, skips_forward: bool) -> PolicyOutput:
         actions, tokens, keeps = samples.completion_ids, self.config.measure_tokens, self.config.keep_critic_forward

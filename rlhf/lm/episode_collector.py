@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Config
 from rlhf.core.advantages import carry_values
+from rlhf.core.algorithm import AlgorithmConfig
 from rlhf.core.types import Rollout, present
 from rlhf.data.collation import left_pad, right_pad
 from rlhf.data.tokenization import require_special_tokens
@@ -22,7 +23,7 @@ from rlhf.lm.backbone import unwrap_adapters
 from rlhf.lm.episodes import Episode, begin_episode, play_episodes
 from rlhf.lm.generation import Generator, bring_up_to_date
 from rlhf.lm.judging import last_position
-from rlhf.lm.measurement import measure, measure_alone
+from rlhf.lm.measurement import RECHECK_EVERY, measure, measure_alone, step_gives_old_log_probs
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.prompt_stream import mix_seed
 from rlhf.lm.reference import FrozenReference
@@ -48,6 +49,9 @@ class EpisodeCollectorConfig(Config):
     """Episodes played at once; bounds the cache's memory. None: all of this process."""
     measure_tokens: int = Field(16_384, ge=1)
     """Token budget of a microbatch of the no-grad forwards."""
+    old_log_probs: Literal["auto", "recompute"] = "auto"
+    """recompute: by a forward of the trainer. auto: where one step is made of a rollout and no critic is read, that
+    step's own forward gives them and logs `sampling_mismatch_mean`; every 20th iteration a forward before it does."""
     samples: int = Field(2, ge=0)
     """Conversations an iteration, for samples.jsonl."""
 
@@ -73,6 +77,7 @@ class EpisodeCollector:
         generator: Writes the policy's turns.
         tokenizer: With a chat template.
         config: Sizes and lengths.
+        algorithm: What will learn from the rollouts; None collects what any needs.
         reference: Gives `ref_log_probs`; None where the algorithm needs none.
         accelerator: Whose processes share the start states; None is one process.
         seed: Of start states and of sampling; both are functions of (seed, iteration, process), so that a resumed
@@ -94,6 +99,7 @@ class EpisodeCollector:
         generator: Generator,
         tokenizer: PreTrainedTokenizerBase,
         config: EpisodeCollectorConfig,
+        algorithm: AlgorithmConfig | None = None,
         reference: FrozenReference | None = None,
         accelerator: Accelerator | None = None,
         seed: int = 0,
@@ -108,6 +114,11 @@ class EpisodeCollector:
         self.config, self.reference, self.accelerator = config, reference, accelerator
         self._quota = config.starts_per_iteration // processes
         self._seed, self._iteration = seed, 0
+        self._takes_one_step = (
+            config.old_log_probs == "auto"
+            and step_gives_old_log_probs(algorithm, sampling=config.sampling, has_reference=reference is not None)
+            and not policy.has_critic
+        )
         self._environments = [factory() for _ in range(self._quota * config.group_size)]
 
     def collect(self) -> Rollout:
@@ -133,34 +144,39 @@ class EpisodeCollector:
             device=self.device,
             random=torch.Generator().manual_seed(mix_seed("sampling", self._seed, self._iteration, self._rank)),
         )
+        skips_forward = self._takes_one_step and self._iteration % RECHECK_EVERY != 0
         self._iteration += 1
-        return self.make_rollout(episodes)
+        return self.make_rollout(episodes, skips_forward=skips_forward)
 
-    def make_rollout(self, episodes: Sequence[Episode]) -> Rollout:
+    def make_rollout(self, episodes: Sequence[Episode], *, skips_forward: bool = False) -> Rollout:
         """Measure finished episodes.
 
         Args:
             episodes: Played to their ends; at least one.
+            skips_forward: Leave the old log-probs to the update, and values out.
         """
         rows = self._tensors(episodes)
         inputs = {name: rows[name] for name in ("prompt_ids", "prompt_mask", "completion_mask")}
         actions, mask = rows["actions"], rows["own"]
         reference = None
         with self._autocast():
-            output = measure(self.policy, inputs, actions, tokens=self.config.measure_tokens)
+            if skips_forward:
+                log_probs, entropy, values = rows["log_probs"].clone(), None, None
+            else:
+                log_probs, entropy, values = measure(self.policy, inputs, actions, tokens=self.config.measure_tokens)
             if self.reference is not None:
                 score = self.reference.log_probs
                 reference = measure_alone(score, inputs, actions, tokens=self.config.measure_tokens)
         ends = last_position(mask)
         next_values = None
-        if output.values is not None:
-            carried = carry_values(output.values, mask, episode_ends=ends)
+        if values is not None:
+            carried = carry_values(values, mask, episode_ends=ends)
             next_values = torch.where(ends, self._last_values(episodes).unsqueeze(1), carried)
         statistics = episode_statistics(episodes, group_size=self.config.group_size) | measured_statistics(
             mask,
-            old_log_probs=output.log_probs,
+            old_log_probs=log_probs,
             sampling_log_probs=rows["log_probs"],
-            entropy=output.entropy,
+            entropy=entropy,
             ref_log_probs=reference,
         )
         return Rollout(
@@ -168,9 +184,10 @@ class EpisodeCollector:
             actions=actions,
             action_mask=mask,
             rewards=rows["rewards"],
-            old_log_probs=output.log_probs,
+            old_log_probs=log_probs,
+            on_policy=skips_forward,
             episode_ends=ends,
-            values=output.values,
+            values=values,
             next_values=next_values,
             ref_log_probs=reference,
             sampling_log_probs=rows["log_probs"],

@@ -98,6 +98,7 @@ def train_on_episodes(config: EpisodeTrainingConfig, *, recipe: str) -> dict[str
         generator=actors.generator,
         tokenizer=tokenizer,
         config=config.collector,
+        algorithm=algorithm,
         reference=actors.reference,
         accelerator=accelerator,
         seed=config.run.seed,

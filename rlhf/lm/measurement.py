@@ -10,12 +10,28 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from rlhf.core.algorithm import AlgorithmConfig
 from rlhf.core.types import PolicyOutput
+from rlhf.lm.sampling import SamplingConfig
 
 CPU_TOKENS = 4096
 """On a CPU, tokens of a microbatch at most: more outgrow its caches and save nothing."""
 
+RECHECK_EVERY = 20
+"""Iterations after which the generator is compared with the trainer's forward again."""
+
 Scorer = Callable[[Mapping[str, Tensor], Tensor], PolicyOutput]
+
+
+def step_gives_old_log_probs(
+    algorithm: AlgorithmConfig | None, *, sampling: SamplingConfig, has_reference: bool
+) -> bool:
+    """Whether no forward before an update has to: one step is made of a rollout, and nothing is needed before it.
+
+    Under top-p or top-k the generator's log-probs do not tell the distance to a reference.
+    """
+    tells_kl = sampling.full_support or not has_reference
+    return tells_kl and algorithm is not None and not algorithm.needs_old_log_probs
 
 
 def measure(

@@ -60,15 +60,14 @@ def measured_statistics(
         mask: [R, T] True on completion tokens.
         old_log_probs: [R, T].
         sampling_log_probs: [R, T].
-        entropy: [R, T], or None where no forward measured it.
+        entropy: [R, T], or None where no forward was made: nothing is compared then.
         ref_log_probs: [R, T], or None without a reference.
     """
-    mismatch = (sampling_log_probs - old_log_probs).abs()
-    statistics: Statistics = {
-        "sampling_mismatch_mean": ("mean", mismatch, mask),
-        "sampling_mismatch_max": ("max", mismatch, mask),
-    }
+    statistics: Statistics = {}
     if entropy is not None:
+        mismatch = (sampling_log_probs - old_log_probs).abs()
+        statistics["sampling_mismatch_mean"] = ("mean", mismatch, mask)
+        statistics["sampling_mismatch_max"] = ("max", mismatch, mask)
         statistics["entropy"] = ("mean", entropy, mask)
     if ref_log_probs is not None:
         log_ratio = torch.where(mask, old_log_probs - ref_log_probs, 0.0)

@@ -22,6 +22,8 @@ from rlhf.lm.players import TURNS_TEMPLATE
 from rlhf.lm.policy import LanguageModelPolicy
 from rlhf.lm.sampling import SamplingConfig
 from rlhf.lm.text_environments import EnvironmentConfig, make_factory, play_demonstrations
+from rlhf.training.learner import Learner
+from rlhf.training.update_config import UpdateConfig
 
 MODEL = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 MODEL |= {"num_attention_heads": 2, "max_position_embeddings": 128}
@@ -92,7 +94,7 @@ def make_critic_policy() -> LanguageModelPolicy:
     return policy
 
 
-def make_collector(factory=Talk, *, policy=None, generator=None, seed=0, **config) -> EpisodeCollector:
+def make_collector(factory=Talk, *, policy=None, generator=None, algorithm=None, seed=0, **config) -> EpisodeCollector:
     policy = policy or make_policy()
     settings = {"starts_per_iteration": 1, "sampling": SamplingConfig(max_completion_length=4)} | config
     return EpisodeCollector(
@@ -101,6 +103,7 @@ def make_collector(factory=Talk, *, policy=None, generator=None, seed=0, **confi
         generator=generator or make_generator(policy.model, TOKENIZER),
         tokenizer=TOKENIZER,
         config=EpisodeCollectorConfig(**settings),
+        algorithm=algorithm,
         seed=seed,
     )
 
@@ -193,6 +196,41 @@ def test_generator_and_trainer_agree_on_every_own_token():
     mask = rollout.action_mask
     assert not mask.all()
     assert torch.allclose(rollout.sampling_log_probs[mask], rollout.old_log_probs[mask], atol=1e-4)
+
+
+def test_the_step_with_its_own_old_log_probs_is_the_step_with_recomputed_ones():
+    """The script says log-probs of -.5, which are nobody's; groups differ by what their turns are worth."""
+    weights, algorithm = {}, ALGORITHMS["opo"]
+    for old in ("auto", "recompute"):
+        policy, rewards = make_policy(), iter([1, 2, 4, 8] * 10)
+        collector = make_collector(
+            lambda rewards=rewards: Talk(next(rewards) % 3 + 1),
+            policy=policy,
+            generator=Scripted([A, END], [B, B, END], [C, END]),
+            group_size=4,
+            old_log_probs=old,
+            algorithm=algorithm,
+        )
+        learner = Learner(policy, algorithm, UpdateConfig(learning_rate=1e-2, microbatch_rows=3))
+        for iteration in range(3):
+            rollout = collector.collect()
+            assert rollout.on_policy == (old == "auto" and iteration > 0)
+            assert ("rollout/entropy" in rollout.metrics) != rollout.on_policy
+            own = policy.action_log_probs(rollout.inputs, rollout.actions)[rollout.action_mask]
+            metrics = learner.update(estimate(rollout, algorithm))
+        if rollout.on_policy:
+            assert metrics["sampling_mismatch_mean"] == pytest.approx((own + 0.5).abs().mean().item(), rel=1e-5)
+        weights[old] = dict(policy.named_parameters())
+    for name, expected in weights["recompute"].items():
+        torch.testing.assert_close(weights["auto"][name], expected, atol=2e-6, rtol=1e-5)
+        assert not torch.allclose(expected, dict(make_policy().named_parameters())[name], atol=1e-4)
+
+
+def test_a_critic_or_several_steps_need_the_forward_before_them():
+    several = ALGORITHMS["opo"].model_copy(update={"epochs": 2})
+    for algorithm, policy in ((ALGORITHMS["opo"], make_critic_policy()), (several, make_policy())):
+        collector = make_collector(policy=policy, generator=Scripted([A, END]), algorithm=algorithm)
+        assert [collector.collect().on_policy for _ in range(2)] == [False, False]
 
 
 def test_neighbours_and_padding_change_nothing():
