@@ -69,6 +69,8 @@ class FusedPolicy:
         places = {id(parameter): index for index, parameter in enumerate(parameters)}
         self.actor, self.critic = _views(policy.actor), _views(policy.critic)
         self.actor_places, self.critic_places = _places(policy.actor, places), _places(policy.critic, places)
+        self._gradient = np.empty(self.bounds[-1], dtype=np.float32)
+        self._gradient_tensor, self._pieces = torch.from_numpy(self._gradient), self.pieces(self._gradient)
         self.log_std_place = places.get(id(getattr(policy.distribution, "log_std", None)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -105,10 +107,12 @@ class FusedPolicy:
         return output, Scored(scores, hidden, of_critic)
 
     def gradient(self, scored: Scored, slopes: Sequence[Tensor | None]) -> Tensor:
-        """Return the flat gradient, given the loss's with respect to log-probs, entropy and values (None is 0)."""
+        """Return the flat gradient, given the loss's with respect to log-probs, entropy and values (None is 0).
+
+        The next call overwrites it.
+        """
         of_log_probs, of_entropy, of_values = (None if g is None else g.reshape(-1).numpy() for g in slopes)
-        gradient = np.empty(self.bounds[-1], dtype=np.float32)
-        pieces = self.pieces(gradient)
+        pieces = self._pieces
         of_outputs, of_log_std = self.distribution.slope(scored.distribution, of_log_probs, of_entropy)
         if self.log_std_place is not None:
             pieces[self.log_std_place][:] = 0.0 if of_log_std is None else of_log_std
@@ -116,7 +120,7 @@ class FusedPolicy:
         if self.critic is not None:
             slope = None if of_values is None else of_values[:, None]
             _network_backward(slope, scored.critic, self.critic, self, [pieces[i] for i in self.critic_places])
-        return torch.from_numpy(gradient)
+        return self._gradient_tensor
 
     def pieces(self, vector: np.ndarray) -> list[np.ndarray]:
         """Views of a flat vector, one per parameter."""
@@ -137,7 +141,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
-        return ctx.fused.gradient(ctx.scored, slopes), None, None, None
+        return ctx.fused.gradient(ctx.scored, slopes).clone(), None, None, None
 
 
 def _network_backward(

@@ -6,9 +6,10 @@ them; a process computes the rows it holds. So the steps are those that one proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, repeat
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -256,6 +257,23 @@ def rows_between(experience: Experience, start: int, stop: int) -> Experience:
             value = {key: tensor[start:stop] for key, tensor in value.items()}
         part.__dict__[name] = value
     return part
+
+
+def split_rows(experience: Experience, sizes: Sequence[int]) -> list[Experience]:
+    """Cut into consecutive rows, as views; the sizes add up to all of them."""
+    if len(sizes) == 1:
+        return [experience]
+    parts = [object.__new__(Experience) for _ in sizes]  # as in `rows_between`
+    for name, value in vars(experience).items():
+        pieces: Iterable[Any] = repeat(value)
+        if isinstance(value, Tensor):
+            pieces = value.split(sizes)  # type: ignore[arg-type]
+        elif isinstance(value, dict):
+            each = {key: tensor.split(sizes) for key, tensor in value.items()}
+            pieces = [{key: tensors[index] for key, tensors in each.items()} for index in range(len(sizes))]
+        for part, piece in zip(parts, pieces, strict=False):
+            part.__dict__[name] = piece
+    return parts
 
 
 def masked_filler(experience: Experience, *, row: int = 0) -> Experience:

@@ -17,6 +17,7 @@ from rlhf.core.estimate import standardize_advantages
 from rlhf.core.masking import masked_sum
 from rlhf.core.objective import LossSums, Objective, SurrogateFunction
 from rlhf.core.types import Experience, PolicyOutput, present
+from rlhf.errors import ConfigError
 from rlhf.training import schedules
 from rlhf.training.batching import (
     Epoch,
@@ -28,6 +29,7 @@ from rlhf.training.batching import (
     microbatches,
     plan_epochs,
     rows_between,
+    split_rows,
     standardize_minibatches,
 )
 from rlhf.training.diagnosis import non_finite_error
@@ -190,18 +192,18 @@ class Learner:
                 rows = standardize_minibatches(rows, plan, reduce=self.reduce)
             live = rows.live_values
             if live is not None:  # of the weights as they are now: all microbatches leave their gradients at a leaf
+                _require_one_minibatch(minibatches)
                 rows = replace(rows, live_values=live.detach().requires_grad_())
                 experience = replace(experience, live_values=None)
             tally.start_epoch()
-            for index, minibatch in enumerate(plan.minibatches):
+            parts = split_rows(rows, [minibatch.stop - minibatch.start for minibatch in plan.minibatches])
+            for index, (minibatch, own) in enumerate(zip(plan.minibatches, parts, strict=True)):
                 if minibatch.actions == 0:
                     tally.skip()  # nothing to learn from, yet Adam's momentum would move the weights
                     continue
-                own = rows_between(rows, minibatch.start, minibatch.stop)
                 sums = self._backward(own, minibatch, filler_from=rows, kl_coef=kl_coef, clip_scale=clip_scale)
                 if live is not None:
                     live.backward(present(rows.live_values).grad)
-                    live, rows = None, replace(rows, live_values=None)
                 measured = self._measure(sums)
                 norm = self._optimizer.gradient_norm()
                 if not math.isfinite(norm + measured[-1] + measured[-2]):
@@ -403,6 +405,17 @@ class Learner:
 
 def _on_device(experience: Experience, device: torch.device) -> Experience:
     return experience if experience.actions.device == device else experience.to(device)
+
+
+def _require_one_minibatch(minibatches: int) -> None:
+    if minibatches > 1:
+        raise ConfigError(
+            "the critic's forward was kept, and all minibatches but the first meet a critic that has moved",
+            where="algorithm.minibatches",
+            got=minibatches,
+            expected="1",
+            remedy="Set collector.keep_critic_forward to false.",
+        )
 
 
 def _added(one: LossSums, other: LossSums) -> LossSums:

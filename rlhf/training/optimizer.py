@@ -143,7 +143,7 @@ class PolicyOptimizer:
 
     def gradient_norm(self) -> float:
         """Euclidean norm of all gradients together; nan or inf where any of them is not finite."""
-        gradients = self.gradients()
+        gradients = [self.flat.gradient] if self.flat is not None else self.gradients()
         if not gradients:
             return 0.0
         if len(gradients) == 1:
@@ -154,7 +154,9 @@ class PolicyOptimizer:
         """Scale the gradients of norm `norm` down to `max_norm`, and step."""
         if max_norm is not None and norm > 0:
             scale = max_norm / (norm + 1e-6)
-            if scale < 1.0:
+            if scale < 1.0 and self.flat is not None:
+                self.flat.gradient.mul_(scale)
+            elif scale < 1.0:
                 torch._foreach_mul_(self.gradients(), scale)  # pyright: ignore[reportPrivateImportUsage]
         if self.flat is None:
             self._optimizer.step()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -99,10 +98,6 @@ class _Step:
     places: list[int]
     several: bool
 
-    @property
-    def target(self) -> int | list[int]:
-        return self.places if self.several else self.places[0]
-
 
 class _Program:
     """Steps over one list of values: constants, inputs, results."""
@@ -110,29 +105,31 @@ class _Program:
     def __init__(
         self, values: list[Any], steps: list[_Step], *, inputs: list[int], results: list[Any], rows_at: int
     ) -> None:
-        self._values, self._inputs, self._results, self._rows_at = values, inputs, results, rows_at
-        self._steps = [
-            (step.function, len(step.operands) == 1, itemgetter(*step.operands), step.target) for step in steps
-        ]
+        self._run = _as_function(values, steps, arguments=[*inputs, rows_at], results=results)
 
     def __call__(self, inputs: Sequence[Tensor], rows: int) -> tuple[LossSums, PolicyOutput]:
-        values = self._values.copy()
-        values[self._rows_at] = rows
-        for place, tensor in zip(self._inputs, inputs, strict=True):
-            values[place] = tensor.detach().numpy()
-        for function, single, operands, place in self._steps:
-            made = function(operands(values)) if single else function(*operands(values))
-            if type(place) is int:
-                values[place] = made
-            else:
-                for one, value in zip(place, made, strict=True):
-                    values[one] = value
-        policy, value, metrics, *slopes = (None if place is None else values[place] for place in self._results)
+        arrays = [(tensor.detach() if tensor.requires_grad else tensor).numpy() for tensor in inputs]
+        policy, value, metrics, *slopes = self._run(*arrays, rows)
         gradients = [None if slope is None else _whole(slope, rows) for slope in slopes]
         # One array, because a tensor made from a single number costs as much as from many.
         measured = torch.from_numpy(np.append(metrics, (policy, value)).astype(np.float32, copy=False))
         sums = LossSums(measured[-2], measured[-1], measured[:-2])
         return sums, PolicyOutput(*gradients)  # type: ignore[arg-type]
+
+
+def _as_function(
+    values: list[Any], steps: list[_Step], *, arguments: list[int], results: list[int | None]
+) -> Callable[..., tuple[Any, ...]]:
+    """Write the steps out as one Python function: a loop over them would cost as much again as they do."""
+    known = {f"v{place}": value for place, value in enumerate(values)}
+    lines = [f"def run({', '.join(f'v{place}' for place in arguments)}):"]
+    for index, step in enumerate(steps):
+        known[f"f{index}"] = step.function
+        targets = ", ".join(f"v{place}" for place in step.places) + ("," if step.several else "")
+        lines.append(f"    {targets} = f{index}({', '.join(f'v{place}' for place in step.operands)})")
+    lines.append(f"    return {', '.join('None' if place is None else f'v{place}' for place in results)},")
+    exec("\n".join(lines), known)  # nothing but the numbers above is in it
+    return known["run"]
 
 
 def _whole(slope: Any, rows: int) -> Tensor:

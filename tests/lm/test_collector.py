@@ -438,6 +438,10 @@ def test_keeping_what_no_epoch_could_use_is_refused():
     several = ALGORITHMS["ppo_rlhf"].model_copy(update={"minibatches": 2})
     with pytest.raises(ConfigError, match="one minibatch, and the algorithm has 2"):
         make_collector(policy_with_critic(), config=keeping, algorithm=several)
+    policy = policy_with_critic()
+    rollout = make_collector(policy, config=keeping, reference=FrozenReference(policy)).collect()
+    with pytest.raises(ConfigError, match="a critic that has moved"):
+        Learner(policy, several, UpdateConfig()).update(estimate(rollout, several))
 
 
 def test_a_critic_on_the_policys_states_takes_the_policys_forward():
