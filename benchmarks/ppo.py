@@ -11,7 +11,7 @@ CPU in float32: a policy, its frozen copy as the reference, a reward model, and 
 reward model. A step is 64 completions of 64 prompts, KL in the reward (k1, 0.05), GAE, and in each epoch one optimizer
 step on all 64. TRL takes the old log-probs from its generation; so does ours, as long as a forward every 20th step
 finds that they agree (`old_log_probs: auto`). Ours keeps the critic's forward over the rollout for the first epoch
-(`keep_critic_forward`, which is off by default and takes memory). It scores text with the reward model as a recipe does
+(`keep_forward`, which is off by default and takes memory). It scores text with the reward model as a recipe does
 (decode, tokenize again), TRL scores token ids. Peak memory is that of a process for each side.
 
 Cases `*_32`, `*_128`, `*_24` run every completion to that limit: the end token has a probability of 1e-9. In
@@ -57,14 +57,14 @@ class Case(NamedTuple):
     """Most tokens of a completion."""
     mean_length: float = NEVER
     epochs: int = 1
-    keep_critic_forward: bool = True
+    keep_forward: bool = True
 
 
 CASES = {
     "tiny_32": Case("tiny", 32),
     "tiny_128": Case("tiny", 128),
     "tiny_128_epochs": Case("tiny", 128, epochs=4),
-    "tiny_128_epochs_unkept": Case("tiny", 128, epochs=4, keep_critic_forward=False),
+    "tiny_128_epochs_unkept": Case("tiny", 128, epochs=4, keep_forward=False),
     "tiny_ends": Case("tiny", 128, mean_length=40.0),
     "small_128": Case("small", 128),
     "wide_24": Case("wide", 24),
@@ -150,7 +150,7 @@ class Ours:
                 prompts_per_iteration=settings["rows"],
                 sampling=sampling,
                 samples=0,
-                keep_critic_forward=settings["keep_critic_forward"],
+                keep_forward=settings["keep_forward"],
             ),
             reference=actors.reference,
         )
@@ -183,7 +183,7 @@ def make_settings(folder: Path, case: Case, threads: int) -> dict[str, Any]:
         "limit": case.limit,
         "rows": ROWS,
         "epochs": case.epochs,
-        "keep_critic_forward": case.keep_critic_forward,
+        "keep_forward": case.keep_forward,
         "threads": threads,
         "learning_rate": LEARNING_RATE,
     }

@@ -77,6 +77,8 @@ def estimate(
         advantages=advantages,
         returns=returns if algorithm.needs_critic else None,
         old_values=rollout.values if algorithm.needs_critic else None,
+        live_log_probs=rollout.live_log_probs,
+        live_entropy=rollout.live_entropy,
         live_values=rollout.live_values if algorithm.needs_critic else None,
         ref_log_probs=rollout.ref_log_probs,
         weights=_weights(rollout, algorithm),

@@ -58,8 +58,12 @@ class Rollout:
     """[B, T] V(s_t) at collection."""
     next_values: Tensor | None = None
     """[B, T] V(s_{t+1}): 0 where terminated, V of the true next state where truncated."""
+    live_log_probs: Tensor | None = None
+    """[B, T] `old_log_probs` as the policy's forward left them, differentiable; None where it was not kept."""
+    live_entropy: Tensor | None = None
+    """[B, T] of the same forward."""
     live_values: Tensor | None = None
-    """[B, T] `values` as the critic's forward left them, differentiable; None where that forward was not kept."""
+    """[B, T] `values` as the critic's forward left them, differentiable; None where it was not kept."""
     ref_log_probs: Tensor | None = None
     """[B, T] log-probs under the frozen reference."""
     sampling_log_probs: Tensor | None = None
@@ -102,8 +106,10 @@ class Experience:
     returns: Tensor | None = None
     """[B, T] regression targets of the critic."""
     old_values: Tensor | None = None
+    live_log_probs: Tensor | None = None
+    live_entropy: Tensor | None = None
     live_values: Tensor | None = None
-    """[B, T] `old_values`, differentiable: the first epoch's forward of the critic, where the collector has kept it."""
+    """[B, T] each, differentiable: the first epoch's forward, or the critic's part of it, where it was kept."""
     ref_log_probs: Tensor | None = None
     weights: Tensor | None = None
     """[B, T] detached factors of the surrogate (a correction for the generation engine, discount^t), or None."""

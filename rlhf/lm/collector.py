@@ -104,8 +104,8 @@ class PromptCollector:
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         _check_settings(config, prompts, policy=policy, processes=processes)
         _check_algorithm(algorithm, config, reward)
-        if config.keep_critic_forward:
-            _check_keeping(policy, algorithm, processes=processes)
+        if config.keep_forward:
+            _check_keeping(algorithm, processes=processes)
         self.policy, self.reference, self.generator = policy, reference, generator
         self.tokenizer, self.reward, self.config, self.accelerator = tokenizer, reward, config, accelerator
         # All prompts are encoded now, so that one that is too long is refused before any time is spent.
@@ -244,8 +244,8 @@ class PromptCollector:
         samples, mask = judged.samples, judged.samples.completion_mask
         inputs = {"prompt_ids": samples.prompt_ids, "prompt_mask": samples.prompt_mask, "completion_mask": mask}
         source = self._source_of_old_log_probs()
-        output = self._policy_output(inputs, samples, skips_forward=source != "forward")
-        values = None if output.values is None else output.values.detach()
+        live = self._policy_output(inputs, samples, skips_forward=source != "forward")
+        output = PolicyOutput(*(None if one is None else one.detach() for one in live))  # type: ignore[arg-type]
         reference = None
         if self.reference is not None:
             with self._autocast():
@@ -273,9 +273,11 @@ class PromptCollector:
             old_log_probs=output.log_probs,
             on_policy=source == "step",
             episode_ends=ends,
-            values=values,
-            live_values=output.values if self.config.keep_critic_forward else None,
-            next_values=None if values is None else carry_values(values, mask, episode_ends=ends),
+            values=output.values,
+            live_log_probs=_differentiable(live.log_probs),
+            live_entropy=_differentiable(live.entropy),
+            live_values=_differentiable(live.values),
+            next_values=None if output.values is None else carry_values(output.values, mask, episode_ends=ends),
             ref_log_probs=reference,
             sampling_log_probs=samples.sampling_log_probs,
             group_ids=groups.to(mask.device),
@@ -297,14 +299,16 @@ class PromptCollector:
         return "step" if self._takes_one_step else "forward"
 
     def _policy_output(self, inputs: dict[str, Tensor], samples: Samples, *, skips_forward: bool) -> PolicyOutput:
-        actions, tokens, keeps = samples.completion_ids, self.config.measure_tokens, self.config.keep_critic_forward
-        values = None
+        actions, tokens, keeps = samples.completion_ids, self.config.measure_tokens, self.config.keep_forward
+        values, own_critic = None, self.policy.critic is not None
         with self._autocast():
-            if self.policy.has_critic and (skips_forward or keeps):
+            if own_critic and (skips_forward or keeps):
                 values = measure_alone(self.policy.action_values, inputs, actions, tokens=tokens, differentiable=keeps)
-            if not skips_forward:
-                output = measure(partial(self.policy, with_values=not keeps), inputs, actions, tokens=tokens)
-                return output._replace(values=values) if keeps else output
+            if not skips_forward and not (own_critic and keeps):
+                return measure(self.policy, inputs, actions, tokens=tokens, differentiable=keeps)
+            if not skips_forward:  # of the two bodies the critic's forward is the one that is made in every iteration
+                output = measure(partial(self.policy, with_values=False), inputs, actions, tokens=tokens)
+                return output._replace(values=values)
         log_probs = samples.sampling_log_probs.clone()
         return PolicyOutput(log_probs=log_probs, entropy=torch.zeros_like(log_probs), values=values)
 
@@ -316,6 +320,10 @@ class PromptCollector:
     def device(self) -> torch.device:
         """Where the policy is."""
         return next(self.policy.parameters()).device
+
+
+def _differentiable(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is not None and tensor.requires_grad else None
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -351,21 +359,19 @@ def _check_settings(
         )
 
 
-def _check_keeping(policy: LanguageModelPolicy, algorithm: AlgorithmConfig | None, *, processes: int) -> None:
+def _check_keeping(algorithm: AlgorithmConfig | None, *, processes: int) -> None:
     """Refuse to keep a forward that no epoch could use."""
-    if policy.critic is None:
-        what = "a critic with a body of its own, and the policy has none"
-    elif processes > 1:
+    if processes > 1:
         what = f"one process, and there are {processes}"
     elif algorithm is not None and algorithm.minibatches > 1:
         what = (
-            f"one minibatch, and the algorithm has {algorithm.minibatches}: most of them meet a critic that has moved"
+            f"one minibatch, and the algorithm has {algorithm.minibatches}: most of them meet weights that have moved"
         )
     else:
         return
     raise ConfigError(
-        f"the critic's forward can be kept for {what}",
-        where="collector.keep_critic_forward",
+        f"a forward can be kept for {what}",
+        where="collector.keep_forward",
         got="true",
         remedy="Set it to false.",
     )

@@ -60,10 +60,10 @@ class CollectorConfig(Config):
     as a forward every 20th iteration finds that the two agree within 1e-5 nats on average. Where they do not, and one
     step is made of a rollout, that step's own forward gives them and logs `sampling_mismatch_mean`. A critic on the
     policy's hidden states needs the forward anyhow: with one, auto is recompute."""
-    keep_critic_forward: bool = False
-    """Let the critic's forward over the rollout serve the first epoch too, which saves one of epochs + 1 of them. It
-    takes the memory of the critic's activations over the whole rollout; `rlhf explain` counts it. For a critic with a
-    body of its own, one minibatch, one process."""
+    keep_forward: bool = False
+    """Let the forward over the rollout serve the first epoch too, which saves one of epochs + 1 of them: that of the
+    critic where it has a body of its own, else the policy's where one is made. It takes the memory of the activations
+    of the whole rollout; `rlhf explain` counts it. For one minibatch and one process."""
     shaping: ShapingConfig = ShapingConfig()
     dynamic_sampling: DynamicSampling | None = None
     mask_truncated: bool = False

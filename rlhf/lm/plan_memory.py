@@ -124,15 +124,15 @@ def _update_memory(
     tokens = min(update.microbatch_tokens or rows * row, rows * row)
     low = resolve_precision(config.mixed_precision) == "bf16"
     bodies = 2 if config.algorithm.needs_critic and config.critic.start != "head" else 1
-    critic_kept = getattr(config.collector, "keep_critic_forward", False)
+    keeps = getattr(config.collector, "keep_forward", False)
     memory: Memory = {
         "logits of a chunk, forward and backward": 2 * _chunk_bytes(size.vocabulary, min(tokens, rows * length)),
         "activations of a microbatch, about": _activations(
-            config.model, tokens=(1 if critic_kept else bodies) * tokens, length=row, low=low, tokenizer=tokenizer
+            config.model, tokens=(bodies - keeps) * tokens, length=row, low=low, tokenizer=tokenizer
         ),
     }
-    if critic_kept:  # the first epoch's microbatches are the policy's alone, and each is no larger than the rollout
-        memory["activations of the critic over a rollout, about"] = _activations(
+    if keeps:  # of one body; in later epochs a microbatch, which is no larger than the rollout, takes its place
+        memory["activations of a forward over a rollout, about"] = _activations(
             config.model, tokens=everything, length=row, low=low, tokenizer=tokenizer
         )
     if low:

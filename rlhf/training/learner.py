@@ -47,6 +47,8 @@ from rlhf.training.recording import RecordedLoss, can_record
 from rlhf.training.tally import Tally, measure_experience
 from rlhf.training.update_config import UpdateConfig
 
+LIVE = ("live_log_probs", "live_entropy", "live_values")
+"""Fields of an experience that may carry the graph of a kept forward."""
 EARLY_STOP_FACTOR = 1.5  # as in OpenAI's spinning up and Stable-Baselines3
 
 
@@ -190,11 +192,11 @@ class Learner:
             rows = experience if plan.order is None else experience.select(plan.order.to(experience.actions.device))
             if self._standardizes and minibatches > 1:
                 rows = standardize_minibatches(rows, plan, reduce=self.reduce)
-            live = rows.live_values
-            if live is not None:  # of the weights as they are now: all microbatches leave their gradients at a leaf
+            live = {name: kept for name in LIVE if (kept := getattr(rows, name)) is not None}
+            if live:  # of the weights as they are now: all microbatches leave their gradients at leaves
                 _require_one_minibatch(minibatches)
-                rows = replace(rows, live_values=live.detach().requires_grad_())
-                experience = replace(experience, live_values=None)
+                rows = replace(rows, **{name: kept.detach().requires_grad_() for name, kept in live.items()})
+                experience = replace(experience, **dict.fromkeys(live))
             tally.start_epoch()
             parts = split_rows(rows, [minibatch.stop - minibatch.start for minibatch in plan.minibatches])
             for index, (minibatch, own) in enumerate(zip(plan.minibatches, parts, strict=True)):
@@ -202,8 +204,7 @@ class Learner:
                     tally.skip()  # nothing to learn from, yet Adam's momentum would move the weights
                     continue
                 sums = self._backward(own, minibatch, filler_from=rows, kl_coef=kl_coef, clip_scale=clip_scale)
-                if live is not None:
-                    live.backward(present(rows.live_values).grad)
+                _pass_on(live, rows)
                 measured = self._measure(sums)
                 norm = self._optimizer.gradient_norm()
                 if not math.isfinite(norm + measured[-1] + measured[-2]):
@@ -284,6 +285,8 @@ class Learner:
         return LossSums(sums.policy.detach(), sums.value.detach(), sums.metrics)
 
     def _score(self, rows: Experience) -> PolicyOutput:
+        if rows.live_log_probs is not None:
+            return PolicyOutput(rows.live_log_probs, present(rows.live_entropy), rows.live_values)
         if rows.live_values is None:
             return self._model(rows.inputs, rows.actions)
         return self._model(rows.inputs, rows.actions, with_values=False)._replace(values=rows.live_values)
@@ -410,12 +413,20 @@ def _on_device(experience: Experience, device: torch.device) -> Experience:
 def _require_one_minibatch(minibatches: int) -> None:
     if minibatches > 1:
         raise ConfigError(
-            "the critic's forward was kept, and all minibatches but the first meet a critic that has moved",
+            "the rollout's forward was kept, and all minibatches but the first meet weights that have moved",
             where="algorithm.minibatches",
             got=minibatches,
             expected="1",
-            remedy="Set collector.keep_critic_forward to false.",
+            remedy="Set collector.keep_forward to false.",
         )
+
+
+def _pass_on(live: dict[str, Tensor], leaves: Experience) -> None:
+    """Make the backward of a kept forward, with the gradients that microbatches left."""
+    slopes = {name: getattr(leaves, name).grad for name in live}
+    reached = [name for name, slope in slopes.items() if slope is not None]
+    if reached:
+        torch.autograd.backward([live[name] for name in reached], [slopes[name] for name in reached])
 
 
 def _added(one: LossSums, other: LossSums) -> LossSums:

@@ -1,5 +1,7 @@
 """The prompt collector: where rewards sit, what is measured, what resumes, what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -392,28 +394,47 @@ def policy_with_critic() -> LanguageModelPolicy:
     return policy
 
 
-def ppo_step(*, keep: bool, epochs: int) -> tuple[LanguageModelPolicy, list[int]]:
-    """A policy after one rollout and update, and how many rows each forward of its critic read."""
-    policy = policy_with_critic()
+def policy_with_head() -> LanguageModelPolicy:
+    policy = make_policy(critic="head")
+    torch.nn.init.normal_(policy.value_head.weight)
+    return policy
+
+
+def ppo_step(make, *, keep: bool, epochs: int) -> tuple[LanguageModelPolicy, list[int]]:
+    """A policy after one rollout and update, and how many rows each forward of its critic's body read."""
+    policy = make()
+    body = policy.model.model if policy.critic is None else policy.critic
     algorithm = ALGORITHMS["ppo_rlhf"].model_copy(update={"epochs": epochs})
     rows: list[int] = []
-    policy.critic.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    settings = {"prompts_per_iteration": 4, "keep_critic_forward": keep}
+    settings = {"prompts_per_iteration": 4, "keep_forward": keep}
     collector = make_collector(policy, config=settings, algorithm=algorithm, reference=FrozenReference(policy))
     learner = Learner(policy, algorithm, UpdateConfig(learning_rate=1e-2, microbatch_rows=3))
-    learner.update(estimate(collector.collect(), algorithm, kl_coef=0.1))
+    collector.generator.generate = without(body, collector.generator.generate, rows)
+    experience = estimate(collector.collect(), algorithm, kl_coef=0.1)
+    learner.update(experience)
     return policy, rows
 
 
+def without(body, generate, rows):
+    """Count forwards of a body from here on, but not those of generation."""
+    body.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+
+    def generated(*arguments, **named):
+        found = generate(*arguments, **named)
+        rows.clear()
+        return found
+
+    return generated
+
+
+@pytest.mark.parametrize("make", [policy_with_critic, policy_with_head])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_a_kept_forward_of_the_critic_serves_the_first_epoch(epochs):
+def test_a_kept_forward_serves_the_first_epoch(epochs, make):
     """The same step from a forward less: 8 rows are 3 microbatches of an update."""
-    (plain, plain_rows), (kept, kept_rows) = (ppo_step(keep=keep, epochs=epochs) for keep in (False, True))
+    (plain, plain_rows), (kept, kept_rows) = (ppo_step(make, keep=keep, epochs=epochs) for keep in (False, True))
     assert plain_rows == [8] + [3, 3, 2] * epochs
     assert kept_rows == [8] + [3, 3, 2] * (epochs - 1)
-    start = dict(policy_with_critic().named_parameters())
+    start = dict(make().named_parameters())
     for (name, expected), got in zip(plain.named_parameters(), kept.parameters(), strict=True):
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
         assert not torch.allclose(got, start[name], atol=1e-4), f"{name} has not moved"
@@ -421,27 +442,36 @@ def test_a_kept_forward_of_the_critic_serves_the_first_epoch(epochs):
 
 def test_what_is_kept_are_the_values():
     policy = policy_with_critic()
-    collector = make_collector(policy, config={"keep_critic_forward": True})
+    collector = make_collector(policy, config={"keep_forward": True})
     for _ in range(2):  # with the policy's own forward, and with the generator's log-probs
         rollout = collector.collect()
         assert torch.equal(rollout.live_values, rollout.values)
         assert rollout.live_values.requires_grad
         assert not rollout.values.requires_grad
         assert not rollout.old_log_probs.requires_grad
+        assert rollout.live_log_probs is None
     assert "rollout/entropy_mean" not in rollout.metrics
 
 
 def test_keeping_what_no_epoch_could_use_is_refused():
-    keeping = {"keep_critic_forward": True}
-    with pytest.raises(ConfigError, match="body of its own"):
-        make_collector(make_policy(critic="head"), config=keeping)
+    keeping = {"keep_forward": True}
+    with pytest.raises(ConfigError, match="one process, and there are 2"):
+        make_collector(config=keeping, accelerator=SimpleNamespace(process_index=0, num_processes=2))
     several = ALGORITHMS["ppo_rlhf"].model_copy(update={"minibatches": 2})
     with pytest.raises(ConfigError, match="one minibatch, and the algorithm has 2"):
         make_collector(policy_with_critic(), config=keeping, algorithm=several)
     policy = policy_with_critic()
     rollout = make_collector(policy, config=keeping, reference=FrozenReference(policy)).collect()
-    with pytest.raises(ConfigError, match="a critic that has moved"):
+    with pytest.raises(ConfigError, match="meet weights that have moved"):
         Learner(policy, several, UpdateConfig()).update(estimate(rollout, several))
+
+
+def test_a_kept_forward_without_a_critic_are_the_log_probs():
+    """Several epochs and a generator that disagrees: the forward that gives the old log-probs is the first epoch's."""
+    rollout = make_collector(generator=Scripted([A, END]), config={"keep_forward": True}).collect()
+    assert torch.equal(rollout.live_log_probs, rollout.old_log_probs)
+    assert rollout.live_log_probs.requires_grad
+    assert rollout.live_values is None
 
 
 def test_a_critic_on_the_policys_states_takes_the_policys_forward():

@@ -153,24 +153,25 @@ def test_memory_of_the_rest_by_hand():
     assert rollout_memory(lora, measure_model(lora.model, TOKENIZER), tokenizer=TOKENIZER)["reference"] == 0
 
 
-def test_a_kept_forward_of_the_critic_takes_its_activations_over_the_rollout():
+@pytest.mark.parametrize(("critic", "bodies"), [("copy", 2), ("head", 1)])
+def test_a_kept_forward_takes_its_activations_over_the_rollout(critic, bodies):
     size = measure_model(ModelConfig(config=MODEL), TOKENIZER)
-    changes = {"critic": "copy", "update": {"microbatch_tokens": 64}}
+    changes = {"critic": critic, "update": {"microbatch_tokens": 64}}
     collector = config().collector.model_dump()
     plain, kept = (
         rollout_memory(
-            config(**changes, collector=collector | {"keep_critic_forward": keep}),
+            config(**changes, collector=collector | {"keep_forward": keep}),
             size,
             prompt_length=6,
             tokenizer=TOKENIZER,
         )
         for keep in (False, True)
     )
-    of_a_token = plain["activations of a microbatch, about"] / (2 * 64)  # policy and critic, 64 tokens each
-    assert kept["activations of a microbatch, about"] == round(64 * of_a_token)
+    of_a_token = plain["activations of a microbatch, about"] / (bodies * 64)
+    assert kept["activations of a microbatch, about"] == round((bodies - 1) * 64 * of_a_token)
     # 12 prompts x 4 completions x (6 + 10) tokens
-    assert kept["activations of the critic over a rollout, about"] == round(48 * 16 * of_a_token)
-    assert "activations of the critic over a rollout, about" not in plain
+    assert kept["activations of a forward over a rollout, about"] == round(48 * 16 * of_a_token)
+    assert "activations of a forward over a rollout, about" not in plain
 
 
 def test_batches_by_hand():
