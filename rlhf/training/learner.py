@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from rlhf.core.estimate import standardize_advantages
 from rlhf.core.masking import masked_sum
 from rlhf.core.objective import LossSums, Objective, SurrogateFunction
 from rlhf.core.types import Experience, PolicyOutput, present
-from rlhf.errors import ConfigError
 from rlhf.training import schedules
 from rlhf.training.batching import (
     Epoch,
@@ -34,6 +32,7 @@ from rlhf.training.batching import (
 )
 from rlhf.training.diagnosis import non_finite_error
 from rlhf.training.distributed import make_accelerator, make_reduce, refuse_unsupported
+from rlhf.training.kept_forward import let_go, pass_on, take_over
 from rlhf.training.mixing import MixedLoss
 from rlhf.training.preparation import (
     critic_names,
@@ -47,8 +46,6 @@ from rlhf.training.recording import RecordedLoss, can_record
 from rlhf.training.tally import Tally, measure_experience
 from rlhf.training.update_config import UpdateConfig
 
-LIVE = ("live_log_probs", "live_entropy", "live_values")
-"""Fields of an experience that may carry the graph of a kept forward."""
 EARLY_STOP_FACTOR = 1.5  # as in OpenAI's spinning up and Stable-Baselines3
 
 
@@ -192,11 +189,9 @@ class Learner:
             rows = experience if plan.order is None else experience.select(plan.order.to(experience.actions.device))
             if self._standardizes and minibatches > 1:
                 rows = standardize_minibatches(rows, plan, reduce=self.reduce)
-            live = {name: kept for name in LIVE if (kept := getattr(rows, name)) is not None}
-            if live:  # of the weights as they are now: all microbatches leave their gradients at leaves
-                _require_one_minibatch(minibatches)
-                rows = replace(rows, **{name: kept.detach().requires_grad_() for name, kept in live.items()})
-                experience = replace(experience, **dict.fromkeys(live))
+            rows, live = take_over(rows, minibatches=minibatches)
+            if live:
+                experience = let_go(experience)
             tally.start_epoch()
             parts = split_rows(rows, [minibatch.stop - minibatch.start for minibatch in plan.minibatches])
             for index, (minibatch, own) in enumerate(zip(plan.minibatches, parts, strict=True)):
@@ -204,7 +199,7 @@ class Learner:
                     tally.skip()  # nothing to learn from, yet Adam's momentum would move the weights
                     continue
                 sums = self._backward(own, minibatch, filler_from=rows, kl_coef=kl_coef, clip_scale=clip_scale)
-                _pass_on(live, rows)
+                pass_on(live, rows)
                 measured = self._measure(sums)
                 norm = self._optimizer.gradient_norm()
                 if not math.isfinite(norm + measured[-1] + measured[-2]):
@@ -408,25 +403,6 @@ class Learner:
 
 def _on_device(experience: Experience, device: torch.device) -> Experience:
     return experience if experience.actions.device == device else experience.to(device)
-
-
-def _require_one_minibatch(minibatches: int) -> None:
-    if minibatches > 1:
-        raise ConfigError(
-            "the rollout's forward was kept, and all minibatches but the first meet weights that have moved",
-            where="algorithm.minibatches",
-            got=minibatches,
-            expected="1",
-            remedy="Set collector.keep_forward to false.",
-        )
-
-
-def _pass_on(live: dict[str, Tensor], leaves: Experience) -> None:
-    """Make the backward of a kept forward, with the gradients that microbatches left."""
-    slopes = {name: getattr(leaves, name).grad for name in live}
-    reached = [name for name, slope in slopes.items() if slope is not None]
-    if reached:
-        torch.autograd.backward([live[name] for name in reached], [slopes[name] for name in reached])
 
 
 def _added(one: LossSums, other: LossSums) -> LossSums:
