@@ -49,7 +49,7 @@ from rlhf.lm.samples import Samples, judge_samples, sample_completions
 from rlhf.rewards.combination import CombinedReward
 from rlhf.rewards.protocol import RewardFunction
 from rlhf.training.distributed import gather_stack
-from rlhf.training.sharding import whole_weights
+from rlhf.training.sharding import is_sharded, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class PromptCollector:
         _check_settings(config, prompts, policy=policy, processes=processes)
         _check_algorithm(algorithm, config, reward)
         if config.keep_forward:
-            _check_keeping(algorithm, processes=processes)
+            _check_keeping(policy, algorithm, processes=processes)
         self.policy, self.reference, self.generator = policy, reference, generator
         self.tokenizer, self.reward, self.config, self.accelerator = tokenizer, reward, config, accelerator
         # All prompts are encoded now, so that one that is too long is refused before any time is spent.
@@ -359,10 +359,12 @@ def _check_settings(
         )
 
 
-def _check_keeping(algorithm: AlgorithmConfig | None, *, processes: int) -> None:
+def _check_keeping(policy: LanguageModelPolicy, algorithm: AlgorithmConfig | None, *, processes: int) -> None:
     """Refuse to keep a forward that no epoch could use."""
     if processes > 1:
         what = f"one process, and there are {processes}"
+    elif is_sharded(policy):
+        what = "whole weights, and these are sharded: they are whole for the rollout only"
     elif algorithm is not None and algorithm.minibatches > 1:
         what = (
             f"one minibatch, and the algorithm has {algorithm.minibatches}: most of them meet weights that have moved"

@@ -13,6 +13,11 @@ from torch.distributed.tensor import DTensor
 from rlhf.training.optimizer import whole
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds any of a module's weights in shards."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
     """Gather the weights of a sharded module once, and let them go again afterwards; nothing where it is not sharded.

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from rlhf.core.advantages import group_relative
 from rlhf.core.algorithm import TruncatedWeights
@@ -453,10 +454,20 @@ def test_what_is_kept_are_the_values():
     assert "rollout/entropy_mean" not in rollout.metrics
 
 
+def fully_sharded(module: torch.nn.Module) -> torch.nn.Module:
+    """Of FSDP2's class, as `fully_shard` makes a module; no process group is needed for that."""
+    module.__class__ = type("FSDPLinear", (FSDPModule, type(module)), {})
+    return module
+
+
 def test_keeping_what_no_epoch_could_use_is_refused():
     keeping = {"keep_forward": True}
     with pytest.raises(ConfigError, match="one process, and there are 2"):
         make_collector(config=keeping, accelerator=SimpleNamespace(process_index=0, num_processes=2))
+    sharded = make_policy()
+    sharded.add_module("shard", fully_sharded(torch.nn.Linear(2, 2)))
+    with pytest.raises(ConfigError, match="these are sharded"):
+        make_collector(sharded, config=keeping)
     several = ALGORITHMS["ppo_rlhf"].model_copy(update={"minibatches": 2})
     with pytest.raises(ConfigError, match="one minibatch, and the algorithm has 2"):
         make_collector(policy_with_critic(), config=keeping, algorithm=several)
