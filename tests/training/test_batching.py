@@ -1,5 +1,7 @@
 """Which rows go where: permutations, shards, microbatches."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,14 @@ from hypothesis import strategies as st
 from small_worlds import make_experience
 
 from rlhf.errors import TrainingError
-from rlhf.training.batching import MicrobatchLimits, Shard, cut_microbatches, local_minibatches, masked_filler
+from rlhf.training.batching import (
+    MicrobatchLimits,
+    Shard,
+    cut_microbatches,
+    local_minibatches,
+    masked_filler,
+    split_rows,
+)
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 9), st.integers(0, 5))
@@ -53,6 +62,23 @@ def test_microbatches_stay_within_their_limits(lengths, tokens, rows):
 def test_a_row_beyond_the_budget_is_refused():
     with pytest.raises(TrainingError, match=r"microbatch_tokens: a row of 9 tokens .* Raise it to at least 9"):
         cut_microbatches([9, 1], MicrobatchLimits(tokens=8))
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 1], [4], [3, 0, 1]])
+def test_rows_are_cut_as_indices_would(sizes):
+    experience = make_experience()
+    experience = replace(experience, inputs={"seen": torch.arange(len(experience))}, on_policy=True)
+    sizes = [*sizes, len(experience) - sum(sizes)]
+    parts, start = split_rows(experience, sizes), 0
+    assert len(parts) == len(sizes)
+    for part, size in zip(parts, sizes, strict=True):
+        expected = experience.select(torch.arange(start, start + size))
+        start += size
+        for item in fields(experience):
+            own, other = getattr(part, item.name), getattr(expected, item.name)
+            if isinstance(other, dict):
+                own, other = own["seen"], other["seen"]
+            assert torch.equal(own, other) if isinstance(other, torch.Tensor) else own == other, item.name
 
 
 def test_a_filler_has_no_action():
