@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from rlhf.lm.measurement import RECHECK_EVERY, step_gives_old_log_probs
+
 
 def rollout_batches(config: Any, processes: int) -> Iterator[str]:
     """Reinforcement learning on prompts: a config like `FineTuningConfig`."""
@@ -22,11 +24,31 @@ def rollout_batches(config: Any, processes: int) -> Iterator[str]:
         f"an update: epochs x minibatches = {algorithm.epochs} x {algorithm.minibatches} = {steps:,} optimizer steps "
         f"of {math.ceil(completions / algorithm.minibatches):,} completions"
     )
+    yield _forwards(config)
     yield (
         f"the run: {iterations:,} iterations = {iterations * prompts:,} prompts, {iterations * completions:,} "
         f"completions, at most {iterations * completions * length:,} tokens, {iterations * steps:,} optimizer steps"
     )
     yield from _looks(config)
+
+
+def _forwards(config: Any) -> str:
+    """Who reads a rollout before the update, and how often the update does."""
+    collector, algorithm = config.collector, config.algorithm
+    own_critic = algorithm.needs_critic and config.critic.start != "head"
+    refers = algorithm.needs_reference or config.watch.kl_budget is not None
+    readers = ["the reference"] * refers + ["the critic"] * own_critic
+    tells = step_gives_old_log_probs(algorithm, sampling=collector.sampling, has_reference=refers)
+    if collector.old_log_probs == "recompute" or (algorithm.needs_critic and not own_critic):
+        readers.append("the policy")
+    elif collector.old_log_probs == "auto" and tells:
+        readers.append(f"every {RECHECK_EVERY}th time the policy (the one step gives its own old log-probs)")
+    elif collector.old_log_probs == "auto":
+        often = f"every {RECHECK_EVERY}th time the policy (always where the generator's log-probs are others)"
+        readers.append(often if collector.sampling.full_support else "the policy")
+    kept = ", the first with a forward that was kept" if collector.keep_forward else ""
+    before = f"before it {' and '.join(readers)} read the completions" if readers else "nothing reads them before it"
+    return f"forwards of an update: {algorithm.epochs} x over the completions, and backward{kept}; {before}"
 
 
 def _looks(config: Any) -> Iterator[str]:

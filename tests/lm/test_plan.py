@@ -184,6 +184,40 @@ def test_batches_by_hand():
     assert "CPU cores" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "collector", "said"),
+    [
+        (
+            {"algorithm": "ppo_rlhf"},
+            {},
+            "4 x over the completions, and backward; before it the reference and the policy",
+        ),
+        (
+            {"algorithm": "ppo_rlhf", "critic": "copy"},
+            {"keep_forward": True},
+            "backward, the first with a forward that was kept; before it the reference and the critic and every 20th "
+            "time the policy (always where",
+        ),
+        (
+            {"algorithm": "dr_grpo"},
+            {},
+            "1 x over the completions, and backward; before it every 20th time the policy (the one",
+        ),
+        ({"algorithm": {"preset": "dr_grpo", "epochs": 2}}, {}, "before it every 20th time the policy (always where"),
+        ({"algorithm": "dr_grpo"}, {"old_log_probs": "recompute"}, "before it the policy read"),
+        ({"algorithm": "dr_grpo"}, {"old_log_probs": "sampling"}, "nothing reads them before it"),
+        (
+            {"algorithm": "grpo"},
+            {"sampling": {"max_completion_length": 10, "top_p": 0.9}},
+            "before it the reference and the policy read",
+        ),
+    ],
+)
+def test_forwards_are_told(changes, collector, said):
+    values = config().collector.model_dump() | collector
+    assert said in "\n".join(plan(config(**changes, collector=values)))
+
+
 def test_batches_of_fine_tuning_by_hand():
     module = import_recipe(find_recipe("sft"))
     values = {"model": {"config": MODEL}, "demonstrations": {"task": TASK}}
