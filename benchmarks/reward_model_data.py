@@ -37,12 +37,16 @@ class Case:
     """Tokens; longer candidates lose their end."""
     batch_prompts: int
     """Prompts of an optimizer step; TRL gets all their pairs."""
+    our_passes: int = 1
+    """Of ours over the rankings; TRL's is one always."""
 
 
 CASES = {
     "alpaca_k4": Case("alpaca_eval_k4.jsonl.gz", 4, 96, 24, 128, 4),
     "alpaca_k9": Case("alpaca_eval_k16.jsonl.gz", 9, 16, 6, 128, 1),
     "alpaca_k9_4": Case("alpaca_eval_k16.jsonl.gz", 9, 48, 8, 128, 4),
+    "alpaca_k4_twice": Case("alpaca_eval_k4.jsonl.gz", 4, 96, 24, 128, 4, our_passes=2),
+    "alpaca_k9_4_twice": Case("alpaca_eval_k16.jsonl.gz", 9, 48, 8, 128, 4, our_passes=2),
     "words_k4": Case(None, 4, 128, 48, 64, 4),
     "words_k9": Case(None, 9, 40, 12, 64, 1),
 }
@@ -59,6 +63,7 @@ class Split:
     held_out: list[Ranking]
     tokenizer: PreTrainedTokenizerBase
     batch_prompts: int
+    our_passes: int
 
 
 def available(names: list[str]) -> list[str]:
@@ -73,7 +78,7 @@ def load_case(name: str) -> Split:
         words = make_words(case.prompts + VALIDATION + HELD_OUT, case.candidates, seed=0)
         train, rest = words[: case.prompts], words[case.prompts :]
         tokenizer = prepare_tokenizer(character_tokenizer(ALPHABET))
-        return Split(train, rest[:VALIDATION], rest[VALIDATION:], tokenizer, case.batch_prompts)
+        return Split(train, rest[:VALIDATION], rest[VALIDATION:], tokenizer, case.batch_prompts, case.our_passes)
     columns = {"completions": "responses"}
     path = str(SHARED / "rankings" / case.file)
     rankings = load_rankings(DataConfig(path=path, columns=columns, order="scores", tied="drop"))
@@ -81,7 +86,7 @@ def load_case(name: str) -> Split:
     rest, held_out = split_holdout([one for one in thinned if not one.tied], count=HELD_OUT)
     train, validation = split_holdout(rest, count=VALIDATION)
     tokenizer = prepare_tokenizer(load_tokenizer(str(SHARED / "tokenizers" / "gpt2")))
-    return Split(train[: case.prompts], validation, held_out, tokenizer, case.batch_prompts)
+    return Split(train[: case.prompts], validation, held_out, tokenizer, case.batch_prompts, case.our_passes)
 
 
 def thin(ranking: Ranking, count: int) -> Ranking:

@@ -42,7 +42,8 @@ def tables(kept: dict[str, dict[str, Any]]) -> list[str]:
         "# A reward model from K-way rankings: ours against TRL's RewardTrainer on their pairs",
         "",
         "One pass over the same rankings, equally many steps of as many pairs (those of 4 prompts; of 1 in `alpaca_k9` "
-        "and `words_k9`), CPU float32. Written by `python benchmarks/reward_model.py`, which says how.",
+        "and `words_k9`), but ours makes two passes in `*_twice`; CPU float32. Written by "
+        "`python benchmarks/reward_model.py`, which says how.",
     ]
     sections = [("speed", speed_table), ("accuracy", accuracy_table), ("memory", memory_table)]
     for part, write in sections:
