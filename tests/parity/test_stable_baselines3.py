@@ -1,4 +1,4 @@
-"""Stable-Baselines3's rollout buffer and PPO step against ours."""
+"""Stable-Baselines3's rollout buffer, PPO step and DQN updates against ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from classic_rl.agents import make_agent
+from classic_rl.dqn_config import DQNConfig
+from classic_rl.environments import EnvironmentConfig
+from classic_rl.off_policy import OffPolicySchedule
+from classic_rl.replay import Transitions
 from rlhf.core.advantages import carry_values, gae
 from rlhf.core.algorithm import AlgorithmConfig, Clipped, Gae, SquaredValueLoss
 from rlhf.core.masking import standardize
@@ -16,7 +22,7 @@ from rlhf.core.types import Experience, PolicyOutput
 
 pytest.importorskip("stable_baselines3")
 import gymnasium as gym
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 
 STEPS, ENVS = 64, 3
@@ -144,3 +150,45 @@ def test_standardization_divides_by_the_population_deviation_sb3_by_the_samples(
     sb3 = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     ours = standardize(advantages, torch.ones(4, dtype=torch.bool))
     assert torch.allclose(ours, sb3 * (4 / 3) ** 0.5)
+
+
+def test_fifty_updates_of_dqn():
+    """The same weights and batches, fresh Adams: Huber loss, bootstrap from the target network, clipped gradient."""
+    sizes, rate, batch_size = [32, 16], 1e-3, 16
+    theirs = DQN(
+        "MlpPolicy", "CartPole-v1", learning_rate=rate, batch_size=batch_size, learning_starts=0, max_grad_norm=0.5,
+        policy_kwargs={"net_arch": sizes, "activation_fn": nn.ReLU}, seed=0, device="cpu",
+    )  # fmt: skip
+    theirs.learn(total_timesteps=300)
+    with torch.no_grad():  # two networks that differ, as between two synchronizations
+        for parameter in theirs.q_net_target.parameters():
+            parameter.mul_(0.5)
+    config = DQNConfig(
+        batch_size=batch_size,
+        network={"hidden_sizes": sizes},
+        optimizer={"learning_rate": rate, "max_grad_norm": 0.5},
+        target={"type": "hard", "every_steps": 10_000},
+    )
+    schedule = OffPolicySchedule(total_steps=1000, start_steps=0)
+    agent = make_agent(config, environment=EnvironmentConfig(id="CartPole-v1"), schedule=schedule, seed=1)
+    for own, other in ((agent.online, theirs.q_net), (agent.target, theirs.q_net_target)):
+        own.vector.copy_(torch.cat([parameter.detach().flatten() for parameter in other.parameters()]))
+    theirs.policy.optimizer = torch.optim.Adam(theirs.q_net.parameters(), lr=rate)
+    for step in range(50):
+        np.random.seed(step)  # their buffer draws from NumPy's global generator
+        data = theirs.replay_buffer.sample(batch_size)
+        np.random.seed(step)
+        theirs.train(gradient_steps=1, batch_size=batch_size)
+        batch = Transitions(
+            observations=data.observations,
+            actions=data.actions[:, 0],
+            rewards=data.rewards[:, 0],
+            next_observations=data.next_observations,
+            discounts=0.99 * (1 - data.dones[:, 0]),
+            weights=None,
+            indices=np.arange(batch_size),
+        )
+        agent.replay.sample = lambda _, batch=batch: batch
+        agent.update(env_steps=step)
+    expected = torch.cat([parameter.detach().flatten() for parameter in theirs.q_net.parameters()])
+    torch.testing.assert_close(agent.online.vector.detach(), expected, atol=2e-5, rtol=1e-4)
