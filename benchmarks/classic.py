@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
@@ -33,6 +34,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import stable_baselines3
 from classic_cases import CASES, Case, Trial, ours, plain, stable_baselines, steps_of, usual
 
+from classic_rl.environments import make_environments
 from classic_rl.threads import limit_threads
 from rlhf.training.environment import describe_environment
 
@@ -131,6 +133,20 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def time_environment(case: Case, *, steps: int = 20_000) -> float:
+    """Microseconds of CPU time that a step of one environment takes alone, with random actions, as ours steps it."""
+    environments = make_environments(case.load(steps=None).environment)
+    environments.reset(seed=0)
+    environments.action_space.seed(0)
+    actions = [environments.action_space.sample() for _ in range(steps // environments.num_envs)]
+    started = time.process_time()
+    for action in actions:
+        environments.step(action)
+    seconds = time.process_time() - started
+    environments.close()
+    return seconds / (len(actions) * environments.num_envs) * 1e6
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,8 +156,13 @@ def main() -> None:
     parser.add_argument("--cleanrl", type=Path, default=None, help="folder of CleanRL's scripts")
     parser.add_argument("--no-warm-up", action="store_true", help="skip the short first run of each side")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--environment-alone", action="store_true", help="only time the environments' own steps")
     arguments = parser.parse_args()
     limit_threads(1)
+    if arguments.environment_alone:
+        for name in arguments.cases or CASES:
+            print(f"{name:<22} {time_environment(CASES[name]):.1f} us of CPU time a step of the environment alone")
+        return
     file = arguments.output / "classic.json"
     written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     record = written.get("cases", {})

@@ -3,9 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import rlhf.lm.fine_tuning
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = ["README.md", "CONTRIBUTING.md", "recipes/README.md", "classic_rl/README.md", "rlhf/lm/README.md"]
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
@@ -52,3 +56,13 @@ def test_the_files_and_configs_that_the_readme_names_exist():
     assert len(named) > 5
     for recipe, config in named:
         assert not config or config in find_recipe(recipe).configs, (recipe, config)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"`(tests/[\w/.-]+|(?:benchmarks|recipes|rlhf|classic_rl|reward_models)/[\w/.-]+\.\w+)`", text)
+    )
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

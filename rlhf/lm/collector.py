@@ -302,13 +302,13 @@ class PromptCollector:
         actions, tokens, keeps = samples.completion_ids, self.config.measure_tokens, self.config.keep_forward
         values, own_critic = None, self.policy.critic is not None
         with self._autocast():
-            if own_critic and (skips_forward or keeps):
+            if own_critic:
                 values = measure_alone(self.policy.action_values, inputs, actions, tokens=tokens, differentiable=keeps)
-            if not skips_forward and not (own_critic and keeps):
-                return measure(self.policy, inputs, actions, tokens=tokens, differentiable=keeps)
-            if not skips_forward:  # of the two bodies the critic's forward is the one that is made in every iteration
-                output = measure(partial(self.policy, with_values=False), inputs, actions, tokens=tokens)
-                return output._replace(values=values)
+            if not skips_forward:
+                # Of two bodies the critic's forward is kept: it is the one that is made in every iteration.
+                score, keeps = partial(self.policy, with_values=not own_critic), keeps and not own_critic
+                output = measure(score, inputs, actions, tokens=tokens, differentiable=keeps)
+                return output._replace(values=values) if own_critic else output
         log_probs = samples.sampling_log_probs.clone()
         return PolicyOutput(log_probs=log_probs, entropy=torch.zeros_like(log_probs), values=values)
 
